@@ -1,0 +1,300 @@
+//! The PostgreSQL pool: statements prepared once a connection, no round trip to
+//! check one that was used a moment ago, and no long wait when the server is away.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use postgres::error::SqlState;
+use postgres::{Client, NoTls};
+use r2d2::{ManageConnection, PooledConnection};
+
+use crate::env::{Env, Secret};
+use crate::metrics;
+use crate::turns::{Turn, Turns};
+
+/// How long a connection may have been idle and still be trusted unasked.
+const TRUSTED_IDLE: Duration = Duration::from_secs(1);
+
+/// A connection attempt, and the silence of a dead peer, end after this.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Where a service's database is and how it is used.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Who asks, as `pg_stat_activity` shows it.
+    pub application: String,
+    /// Server address.
+    pub address: SocketAddr,
+    /// Database name.
+    pub name: String,
+    /// Login role.
+    pub user: String,
+    /// Its password.
+    pub password: Secret,
+    /// Most connections at once.
+    pub pool_size: u32,
+    /// How long to wait for a connection.
+    pub pool_timeout: Duration,
+    /// How long the server may work on one statement.
+    pub statement_timeout: Duration,
+}
+
+impl Config {
+    /// Reads `<PREFIX>_DB_HOST`, `_PORT`, `_NAME`, `_USER`, `_PASSWORD`, `_POOL_SIZE`,
+    /// `_POOL_TIMEOUT_MS` and `_STATEMENT_TIMEOUT_MS`.
+    pub fn from_env(env: &mut Env, prefix: &str) -> Config {
+        let name = |suffix: &str| format!("{prefix}_DB_{suffix}");
+        Config {
+            application: prefix.to_lowercase(),
+            address: env.host_port(&name("HOST"), &name("PORT")),
+            name: env.text(&name("NAME")),
+            user: env.text(&name("USER")),
+            password: env.secret(&name("PASSWORD")),
+            pool_size: env.number(&name("POOL_SIZE"), 8, 1..=1000),
+            pool_timeout: env.millis(&name("POOL_TIMEOUT_MS"), 1000),
+            statement_timeout: env.millis(&name("STATEMENT_TIMEOUT_MS"), 3000),
+        }
+    }
+
+    /// A connection of its own, outside any pool.
+    pub fn connect(&self) -> Result<Client, postgres::Error> {
+        let statement_timeout = self.statement_timeout.as_millis();
+        postgres::Config::new()
+            .host(&self.address.ip().to_string())
+            .port(self.address.port())
+            .dbname(&self.name)
+            .user(&self.user)
+            .password(self.password.expose())
+            .application_name(&self.application)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_user_timeout(CONNECT_TIMEOUT * 5)
+            .keepalives_idle(Duration::from_secs(30))
+            .options(&format!(
+                "-c statement_timeout={statement_timeout} \
+                 -c idle_in_transaction_session_timeout=60000"
+            ))
+            .connect(NoTls)
+    }
+}
+
+/// Why a question to the database has no answer.
+#[derive(Debug)]
+pub enum Error {
+    /// The server is away, full, read-only or too slow: later may be better.
+    Unavailable(Box<dyn StdError + Send + Sync>),
+    /// The statement itself failed: a fault of ours, or data that a rule refuses.
+    Failed(postgres::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Error::Unavailable(_) => "the database is not available",
+            Error::Failed(_) => "the database refused a statement",
+        })
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            Error::Unavailable(cause) => Some(&**cause),
+            Error::Failed(cause) => Some(cause),
+        }
+    }
+}
+
+impl From<postgres::Error> for Error {
+    fn from(err: postgres::Error) -> Error {
+        if is_passing(&err) { Error::Unavailable(Box::new(err)) } else { Error::Failed(err) }
+    }
+}
+
+/// Whether the connection, not the statement, is to blame.
+fn is_disconnect(err: &postgres::Error) -> bool {
+    match err.code() {
+        // 57P01 to 57P05: shut down by an administrator, a crash or a start-up.
+        Some(state) => state.code().starts_with("57P") || state.code().starts_with("08"),
+        // The rest comes from the client side: values of the wrong type are our own fault.
+        None => err.is_closed() || err.source().is_some_and(|cause| cause.is::<io::Error>()),
+    }
+}
+
+/// Whether the same statement may well succeed later. By SQLSTATE class, see
+/// PostgreSQL's appendix "Error Codes": 53 resources, 57 operator, 58 system,
+/// 40 rollback by a conflict, 55 object in use; 25006 is a read-only server.
+pub fn is_passing(err: &postgres::Error) -> bool {
+    is_disconnect(err)
+        || err.code().is_some_and(|state| {
+            *state == SqlState::READ_ONLY_SQL_TRANSACTION
+                || ["53", "57", "58", "40", "55"].contains(&&state.code()[..2])
+        })
+}
+
+/// A pooled connection with the statements that its service prepared on it.
+pub struct Conn<S> {
+    /// The connection.
+    pub client: Client,
+    /// What was prepared when it was made.
+    pub statements: S,
+    last_used: Instant,
+    proven: u64,
+}
+
+/// Prepares a service's statements on a new connection.
+pub type Prepare<S> = fn(&mut Client) -> Result<S, postgres::Error>;
+
+/// A bounded pool; clones share it.
+pub struct Pool<S: Send + 'static> {
+    inner: r2d2::Pool<Manager<S>>,
+    /// r2d2 wakes whoever comes first; this keeps the order.
+    turns: Turns,
+    timeout: Duration,
+    doubts: Arc<AtomicU64>,
+}
+
+impl<S: Send + 'static> Clone for Pool<S> {
+    fn clone(&self) -> Pool<S> {
+        Pool {
+            inner: self.inner.clone(),
+            turns: self.turns.clone(),
+            timeout: self.timeout,
+            doubts: Arc::clone(&self.doubts),
+        }
+    }
+}
+
+impl<S: Send + 'static> Pool<S> {
+    /// A pool that connects when it is first used: a service starts without its database.
+    pub fn new(config: Config, prepare: Prepare<S>) -> Pool<S> {
+        metrics::register_pool();
+        let doubts = Arc::new(AtomicU64::new(0));
+        let (size, timeout) = (config.pool_size, config.pool_timeout);
+        let away = Arc::new(AtomicBool::new(false));
+        let manager =
+            Manager { config, prepare, doubts: Arc::clone(&doubts), away: Arc::clone(&away) };
+        let inner = r2d2::Pool::builder()
+            .max_size(size)
+            .min_idle(Some(1))
+            .connection_timeout(timeout)
+            .error_handler(Box::new(Away(away)))
+            .build_unchecked(manager);
+        Pool { inner, turns: Turns::new(size as usize), timeout, doubts }
+    }
+
+    /// Asks a question that changes nothing. When the connection turns out to be
+    /// dead the question is asked once more on another one.
+    pub fn read<T>(
+        &self,
+        ask: impl Fn(&mut Conn<S>) -> Result<T, postgres::Error>,
+    ) -> Result<T, Error> {
+        let (_turn, mut conn) = self.get()?;
+        match ask(&mut conn) {
+            Err(err) if is_disconnect(&err) => {
+                self.doubts.fetch_add(1, Ordering::SeqCst);
+                drop(conn);
+                Ok(ask(&mut *self.connection(Instant::now() + self.timeout)?)?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Makes a change, never twice: when the connection breaks meanwhile, nobody
+    /// knows whether the change was made, and the caller is told so.
+    pub fn write<T>(
+        &self,
+        change: impl FnOnce(&mut Conn<S>) -> Result<T, postgres::Error>,
+    ) -> Result<T, Error> {
+        let (_turn, mut conn) = self.get()?;
+        change(&mut conn).map_err(|err| {
+            if is_disconnect(&err) {
+                self.doubts.fetch_add(1, Ordering::SeqCst);
+            }
+            err.into()
+        })
+    }
+
+    /// A connection, and the right to it: the connection is given back first.
+    fn get(&self) -> Result<(Turn, PooledConnection<Manager<S>>), Error> {
+        let deadline = Instant::now() + self.timeout;
+        let waited = metrics::POOL_WAIT.start_timer();
+        let turn = self.turns.take(self.timeout);
+        let got = turn.ok_or_else(|| {
+            metrics::POOL_TIMEOUTS.inc();
+            Error::Unavailable("all connections to the database are in use".into())
+        });
+        let got = got.and_then(|turn| Ok((turn, self.connection(deadline)?)));
+        waited.observe_duration();
+        let state = self.inner.state();
+        metrics::POOL_CONNECTIONS.set(i64::from(state.connections));
+        metrics::POOL_IDLE.set(i64::from(state.idle_connections));
+        got
+    }
+
+    fn connection(&self, deadline: Instant) -> Result<PooledConnection<Manager<S>>, Error> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // r2d2 wants a time above zero, also for a connection that is there.
+        self.inner.get_timeout(left.max(Duration::from_millis(1))).map_err(|err| {
+            metrics::POOL_TIMEOUTS.inc();
+            Error::Unavailable(Box::new(err))
+        })
+    }
+}
+
+/// Makes connections for r2d2 and judges them.
+pub struct Manager<S> {
+    config: Config,
+    prepare: Prepare<S>,
+    /// Counts disconnections: every connection proven before the last one is
+    /// asked again, so that a restart of the server costs one error, not one a
+    /// connection.
+    doubts: Arc<AtomicU64>,
+    away: Arc<AtomicBool>,
+}
+
+impl<S: Send + 'static> ManageConnection for Manager<S> {
+    type Connection = Conn<S>;
+    type Error = postgres::Error;
+
+    fn connect(&self) -> Result<Conn<S>, postgres::Error> {
+        let proven = self.doubts.load(Ordering::SeqCst);
+        let mut client = self.config.connect()?;
+        let statements = (self.prepare)(&mut client)?;
+        if self.away.swap(false, Ordering::SeqCst) {
+            log::info!("connected to the database again");
+        }
+        Ok(Conn { client, statements, last_used: Instant::now(), proven })
+    }
+
+    fn is_valid(&self, conn: &mut Conn<S>) -> Result<(), postgres::Error> {
+        let doubts = self.doubts.load(Ordering::SeqCst);
+        if conn.proven != doubts || conn.last_used.elapsed() > TRUSTED_IDLE {
+            conn.client.is_valid(CONNECT_TIMEOUT)?;
+            conn.proven = doubts;
+        }
+        Ok(())
+    }
+
+    fn has_broken(&self, conn: &mut Conn<S>) -> bool {
+        conn.last_used = Instant::now();
+        conn.client.is_closed()
+    }
+}
+
+/// r2d2 tries on in the background; the log gets one line a change of state.
+#[derive(Debug)]
+struct Away(Arc<AtomicBool>);
+
+impl r2d2::HandleError<postgres::Error> for Away {
+    fn handle_error(&self, err: postgres::Error) {
+        if !self.0.swap(true, Ordering::SeqCst) {
+            let cause = err.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            log::error!("no connection to the database, trying until there is: {err}{cause}");
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! What a client is told when a request is not served: RFC 9457 problem details.
+
+use std::error::Error;
+use std::fmt;
+
+use rouille::Response;
+use serde::Serialize;
+
+use crate::db;
+
+/// A refusal or a failure: what the client is told and, apart from it, the cause
+/// that only the log is told.
+#[derive(Debug)]
+pub struct Problem {
+    status: u16,
+    title: &'static str,
+    detail: String,
+    fields: Vec<(String, String)>,
+    headers: Vec<(&'static str, String)>,
+    cause: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl Problem {
+    /// Any status, with the standard's reason phrase as the title.
+    pub fn new(status: u16, detail: impl Into<String>) -> Problem {
+        Problem {
+            status,
+            title: reason(status),
+            detail: detail.into(),
+            fields: Vec::new(),
+            headers: Vec::new(),
+            cause: None,
+        }
+    }
+
+    /// 400: the request cannot be read.
+    pub fn malformed(detail: impl Into<String>) -> Problem {
+        Problem::new(400, detail)
+    }
+
+    /// 404.
+    pub fn not_found(detail: impl Into<String>) -> Problem {
+        Problem::new(404, detail)
+    }
+
+    /// 405; `allow` lists the methods that would have been right.
+    pub fn method_not_allowed(allow: &str) -> Problem {
+        Problem::new(405, format!("this resource answers to {allow}")).with_header("Allow", allow)
+    }
+
+    /// 422 for one field and the rule it breaks.
+    pub fn invalid(field: &str, rule: impl Into<String>) -> Problem {
+        Problem::invalid_fields(vec![(field.to_owned(), rule.into())])
+    }
+
+    /// 422 with one entry a field: its name and the rule it breaks.
+    pub fn invalid_fields(fields: Vec<(String, String)>) -> Problem {
+        let said: Vec<String> =
+            fields.iter().map(|(field, rule)| format!("{field} {rule}")).collect();
+        Problem { fields, ..Problem::new(422, said.join("; ")) }
+    }
+
+    /// 503: something that this service needs is away; trying again later may help.
+    pub fn unavailable(detail: impl Into<String>) -> Problem {
+        Problem::new(503, detail).with_header("Retry-After", "1")
+    }
+
+    /// 500: a failure that no request should bring about.
+    pub fn internal() -> Problem {
+        Problem::new(500, "the request could not be served; the log of the service tells why")
+    }
+
+    /// Adds the cause, for the log.
+    pub fn because(mut self, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Problem {
+        self.cause = Some(cause.into());
+        self
+    }
+
+    /// Adds a header to the answer.
+    pub fn with_header(mut self, name: &'static str, value: impl Into<String>) -> Problem {
+        self.headers.push((name, value.into()));
+        self
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> u16 {
+        self.status
+    }
+
+    /// The answer for the client. `error` repeats the detail for clients that
+    /// look for that key; `errors` is there when fields are to blame.
+    pub fn into_response(self, request_id: &str) -> Response {
+        let document = Document {
+            kind: "about:blank",
+            title: self.title,
+            status: self.status,
+            detail: &self.detail,
+            error: &self.detail,
+            request_id,
+            errors: self.fields.iter().map(|(field, rule)| FieldError { field, rule }).collect(),
+        };
+        let mut response = Response::json(&document)
+            .with_status_code(self.status)
+            .with_unique_header("Content-Type", "application/problem+json");
+        for (name, value) in self.headers {
+            response = response.with_unique_header(name, value);
+        }
+        response
+    }
+}
+
+/// The members of the document, in the order in which they are sent.
+#[derive(Serialize)]
+struct Document<'p> {
+    #[serde(rename = "type")]
+    kind: &'p str,
+    title: &'p str,
+    status: u16,
+    detail: &'p str,
+    error: &'p str,
+    request_id: &'p str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    errors: Vec<FieldError<'p>>,
+}
+
+#[derive(Serialize)]
+struct FieldError<'p> {
+    field: &'p str,
+    rule: &'p str,
+}
+
+/// For the log: the detail and, where there is one, the cause with its own causes.
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.detail)?;
+        let mut cause: Option<&dyn Error> = self.cause.as_ref().map(|boxed| &**boxed as _);
+        while let Some(err) = cause {
+            write!(f, ": {err}")?;
+            cause = err.source();
+        }
+        Ok(())
+    }
+}
+
+impl From<db::Error> for Problem {
+    fn from(err: db::Error) -> Problem {
+        match err {
+            db::Error::Unavailable(_) => Problem::unavailable("the database is not available"),
+            db::Error::Failed(_) => Problem::internal(),
+        }
+        .because(err)
+    }
+}
+
+/// The reason phrase of a status, RFC 9110 section 15.
+pub(crate) fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        201 => "Created",
+        202 => "Accepted",
+        204 => "No Content",
+        206 => "Partial Content",
+        301 => "Moved Permanently",
+        302 => "Found",
+        303 => "See Other",
+        304 => "Not Modified",
+        307 => "Temporary Redirect",
+        308 => "Permanent Redirect",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        406 => "Not Acceptable",
+        408 => "Request Timeout",
+        409 => "Conflict",
+        410 => "Gone",
+        412 => "Precondition Failed",
+        413 => "Content Too Large",
+        414 => "URI Too Long",
+        415 => "Unsupported Media Type",
+        417 => "Expectation Failed",
+        422 => "Unprocessable Content",
+        428 => "Precondition Required",
+        429 => "Too Many Requests",
+        431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
+        501 => "Not Implemented",
+        502 => "Bad Gateway",
+        503 => "Service Unavailable",
+        504 => "Gateway Timeout",
+        505 => "HTTP Version Not Supported",
+        _ => "Status",
+    }
+}

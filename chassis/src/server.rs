@@ -1,0 +1,1044 @@
+//! The HTTP server loop: a bounded pool of threads, one connection a thread.
+//!
+//! rouille's own server (tiny_http) has no deadline anywhere and can be ended by
+//! one request or one failed `accept`; so the loop is ours, and rouille's Request
+//! and Response are what handlers see.
+//!
+//! A connection is at any moment either *busy* with a request or *waiting* for
+//! its client: idle, in the middle of a request, or for room to write. When the
+//! house is full, a newcomer takes the place of the one that has waited longest.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, ErrorKind, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context;
+use rouille::{Request, Response};
+use socket2::{Domain, SockRef, Socket, Type};
+use uuid::Uuid;
+
+use crate::env::Env;
+use crate::http::Answer;
+use crate::metrics;
+use crate::problem::{Problem, reason};
+use crate::stop::Stop;
+use crate::wire::{self, Body, Chunked, Head};
+
+/// Enough for the deepest handler, also unoptimised; only touched pages cost memory.
+const STACK: usize = 512 << 10;
+
+/// A thread without work ends after this.
+const THREAD_IDLE: Duration = Duration::from_secs(10);
+
+/// Threads over the cap, for connections on their way out.
+const SLACK: usize = 16;
+
+/// How long a client that is in the middle of something may not be evicted: in a
+/// burst of connects the threads need a moment to read what is already there.
+const UNTOUCHABLE: Duration = Duration::from_millis(20);
+
+/// How often `accept` looks up to see whether it is time to stop.
+const TICK: Duration = Duration::from_millis(100);
+
+/// After a stop: how long connections that look idle may still send a request,
+/// and by when the last answer must be out.
+const STOP_QUIET: Duration = Duration::from_millis(150);
+const STOP_GRACE: Duration = Duration::from_millis(4000);
+
+/// What one read takes at most: more than most requests have, kept for each connection.
+const READ: usize = 4 << 10;
+
+/// A body that is small enough leaves in one write with its head.
+const WRITE_BUFFER: usize = 16 << 10;
+
+/// A client must take its answer at this rate at least, in bytes a second, after
+/// the first write timeout; a reader slower than that holds a thread for nothing.
+const MIN_WRITE_RATE: u64 = 16 << 10;
+
+/// After a refusal the rest of the request is read and dropped for so long and so
+/// far, because closing on unread data would reset the connection and lose the answer.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 16 << 20;
+
+/// While `accept` fails: how often the log says so, and how many make room at a time.
+const COMPLAIN: Duration = Duration::from_secs(10);
+const EVICTED_AT_ONCE: usize = 8;
+
+/// How many refused connections are kept for that long.
+const REFUSED: usize = 256;
+
+/// Linux's `MSG_PEEK | MSG_DONTWAIT`.
+const PEEK_AT_ONCE: i32 = 0x02 | 0x40;
+
+/// What the kernel may hold of an answer, in bytes, for each client. Left to itself
+/// it takes 4 MB, and then a reader that pauses keeps one write waiting past its
+/// timeout: the kernel wakes a writer only when a third of the buffer is free.
+const SEND_BUFFER: usize = 128 << 10;
+
+/// Where a service listens, and the limits of its server loop.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The service's own door.
+    pub listen: SocketAddr,
+    /// The door for metrics.
+    pub metrics_listen: SocketAddr,
+    /// What the loop allows.
+    pub limits: Limits,
+}
+
+/// What a server loop allows its clients.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Most connections, and threads.
+    pub threads: usize,
+    /// From the first byte of a head to its last; also for the first byte of a new connection.
+    pub header_timeout: Duration,
+    /// For the whole body.
+    pub body_timeout: Duration,
+    /// For one write of the answer.
+    pub write_timeout: Duration,
+    /// Between two requests.
+    pub idle_timeout: Duration,
+    /// Longest head of a request, its line and its header fields together, in bytes.
+    pub max_head: usize,
+    /// Most header fields of a request.
+    pub max_headers: usize,
+    /// Largest body of a request, in bytes.
+    pub max_body: usize,
+    /// Largest sum of all bodies that are in memory, in bytes.
+    pub body_budget: usize,
+}
+
+impl Config {
+    /// Reads `<PREFIX>_HOST`, `_PORT`, `_METRICS_LISTEN`, `_HTTP_THREADS` and the
+    /// `HTTP_…` limits that all services share.
+    pub fn from_env(env: &mut Env, prefix: &str) -> Config {
+        let name = |suffix: &str| format!("{prefix}_{suffix}");
+        let listen = env.host_port(&name("HOST"), &name("PORT"));
+        let metrics_listen = env.address(&name("METRICS_LISTEN"));
+        // The kernel would not mind: both would get some of the connections.
+        if listen.port() != 0 && listen.port() == metrics_listen.port() {
+            let (port, metrics) = (name("PORT"), name("METRICS_LISTEN"));
+            env.fault(&format!("{metrics} must have another port than {port}"));
+        }
+        Config {
+            listen,
+            metrics_listen,
+            limits: Limits {
+                threads: env.number(&name("HTTP_THREADS"), 256, 1..=10_000),
+                header_timeout: env.millis("HTTP_HEADER_TIMEOUT_MS", 5000),
+                body_timeout: env.millis("HTTP_BODY_TIMEOUT_MS", 10_000),
+                write_timeout: env.millis("HTTP_WRITE_TIMEOUT_MS", 10_000),
+                idle_timeout: env.millis("HTTP_IDLE_TIMEOUT_MS", 60_000),
+                max_head: 16 << 10,
+                max_headers: 100,
+                max_body: env.number("HTTP_MAX_BODY_BYTES", 256 << 10, 1..=1 << 30),
+                body_budget: env.number("HTTP_BODY_BUDGET_BYTES", 16 << 20, 1..=1 << 40),
+            },
+        }
+    }
+}
+
+impl Limits {
+    /// The same for a service behind a proxy that holds to these limits and then
+    /// adds header fields of its own.
+    pub fn behind_a_proxy(mut self) -> Limits {
+        self.max_head += 2 << 10;
+        self.max_headers += 10;
+        self
+    }
+}
+
+/// Listens at both addresses of `config` and serves until `stop`.
+pub fn run<H>(config: &Config, stop: &Stop, handler: H) -> anyhow::Result<()>
+where
+    H: Fn(&Request) -> Answer + Send + Sync + 'static,
+{
+    metrics::register_server();
+    let listener = bind(config.listen)?;
+    let metrics_listener = bind(config.metrics_listen)?;
+    let (limits, metrics_stop) = (Limits { threads: 8, ..config.limits.clone() }, stop.clone());
+    thread::Builder::new().name("metrics".into()).spawn(move || {
+        let served =
+            Server::new(limits, &metrics_stop, false, metrics::answer).serve(metrics_listener);
+        served.unwrap_or_else(|err| log::error!("metrics are not served: {err:#}"));
+    })?;
+    log::info!("listening on {}, metrics on {}", config.listen, config.metrics_listen);
+    serve(listener, config.limits.clone(), stop, handler)
+}
+
+/// A listener that a second process may share (SO_REUSEPORT), so that two can
+/// take turns without refusing anyone.
+pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let bind = || {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(1024)?;
+        io::Result::Ok(TcpListener::from(socket))
+    };
+    bind().with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Serves until `stop`; then the requests that have begun are finished.
+pub fn serve<H>(
+    listener: TcpListener,
+    limits: Limits,
+    stop: &Stop,
+    handler: H,
+) -> anyhow::Result<()>
+where
+    H: Fn(&Request) -> Answer + Send + Sync + 'static,
+{
+    Server::new(limits, stop, true, handler).serve(listener)
+}
+
+/// What all threads of one loop share.
+struct Server<H> {
+    limits: Limits,
+    stop: Stop,
+    /// Whether requests are counted and logged: those of the public door are.
+    observed: bool,
+    handler: H,
+    started: Instant,
+    house: Mutex<House>,
+    /// Rung for a thread when a connection waits for one, and for the stop when one has left.
+    bell: Condvar,
+    bodies: AtomicUsize,
+}
+
+/// Who is in.
+#[derive(Default)]
+struct House {
+    connections: HashMap<u64, Arc<Connection>>,
+    next_key: u64,
+    /// Connections that no thread has taken yet.
+    arrivals: VecDeque<(u64, Arc<Connection>)>,
+    threads: usize,
+    idle_threads: usize,
+}
+
+impl<H> Server<H>
+where
+    H: Fn(&Request) -> Answer + Send + Sync + 'static,
+{
+    fn new(limits: Limits, stop: &Stop, observed: bool, handler: H) -> Arc<Server<H>> {
+        Arc::new(Server {
+            limits,
+            stop: stop.clone(),
+            observed,
+            handler,
+            started: Instant::now(),
+            house: Mutex::new(House::default()),
+            bell: Condvar::new(),
+            bodies: AtomicUsize::new(0),
+        })
+    }
+
+    fn serve(self: &Arc<Self>, listener: TcpListener) -> anyhow::Result<()> {
+        // Linux lets SO_RCVTIMEO bound an accept too.
+        SockRef::from(&listener).set_read_timeout(Some(TICK))?;
+        let mut refused = Refused::default();
+        let mut complained: Option<Instant> = None;
+        while !self.stop.raised() {
+            match listener.accept() {
+                Ok((stream, peer)) => {
+                    self.admit(stream, peer, &mut refused);
+                }
+                Err(err) if is_pause(&err) => refused.sweep(),
+                Err(err) if err.kind() == ErrorKind::ConnectionAborted => (),
+                Err(err) => {
+                    // Out of descriptors, as a rule: some clients less free some.
+                    metrics::ACCEPT_ERRORS.inc();
+                    if complained.is_none_or(|before| before.elapsed() > COMPLAIN) {
+                        complained = Some(Instant::now());
+                        log::error!("accept fails, trying on: {err}");
+                    }
+                    refused.clear();
+                    for _ in 0..EVICTED_AT_ONCE {
+                        self.evict(&mut self.lock());
+                    }
+                    self.stop.wait(Duration::from_millis(50));
+                }
+            }
+        }
+        // Whoever is connected already, if only in the kernel's queue, is still served.
+        listener.set_nonblocking(true)?;
+        while let Ok((stream, peer)) = listener.accept() {
+            stream.set_nonblocking(false)?;
+            self.admit(stream, peer, &mut refused);
+        }
+        drop(listener);
+        self.drain()
+    }
+
+    /// Waits for the last answers.
+    fn drain(&self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + STOP_GRACE;
+        self.wait_until_empty(Instant::now() + STOP_QUIET);
+        for connection in self.lock().connections.values() {
+            connection.close_if_idle();
+        }
+        self.wait_until_empty(deadline);
+        let unfinished = self.lock().connections.len();
+        anyhow::ensure!(unfinished == 0, "stopped with {unfinished} connections unfinished");
+        Ok(())
+    }
+
+    fn wait_until_empty(&self, deadline: Instant) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.bell.notify_all();
+        let _ =
+            self.bell.wait_timeout_while(self.lock(), left, |house| !house.connections.is_empty());
+    }
+
+    /// Gives a new connection a place and a thread, or a 503.
+    fn admit(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr, refused: &mut Refused) {
+        let _ = stream.set_nodelay(true);
+        let _ = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER);
+        let mut house = self.lock();
+        let full = house.connections.len() >= self.limits.threads;
+        if full && !self.evict(&mut house) {
+            drop(house);
+            metrics::REFUSED.inc();
+            return refused.refuse(stream);
+        }
+        let connection = Arc::new(Connection::new(stream, peer, self.started));
+        let key = house.next_key;
+        house.next_key += 1;
+        house.connections.insert(key, Arc::clone(&connection));
+        house.arrivals.push_back((key, connection));
+        // `idle_threads` counts those that have been rung for but have not come
+        // yet, and so does `arrivals`: no connection waits behind a thread that
+        // another one has claimed.
+        if house.idle_threads < house.arrivals.len() && house.threads < self.limits.threads + SLACK
+        {
+            let server = Arc::clone(self);
+            let worker = thread::Builder::new().name("http".into()).stack_size(STACK);
+            match worker.spawn(move || server.work()) {
+                Ok(_) => house.threads += 1,
+                Err(err) if house.threads == 0 => {
+                    log::error!("no thread for a connection: {err}");
+                    if let Some((key, connection)) = house.arrivals.pop_back() {
+                        house.connections.remove(&key);
+                        connection.close();
+                    }
+                }
+                // Another thread takes it as soon as it is free.
+                Err(err) => log::warn!("one thread less than wanted: {err}"),
+            }
+        }
+        self.count(&house);
+        drop(house);
+        self.bell.notify_one();
+    }
+
+    /// Ends the connection that has waited longest, idle ones first, but none that
+    /// waits for us: with something to read in its socket.
+    fn evict(&self, house: &mut House) -> bool {
+        let waiting = house.connections.iter().filter_map(|(key, connection)| {
+            let (phase, since) = connection.waiting()?;
+            let touchable = phase == Phase::Idle || since.elapsed() >= UNTOUCHABLE;
+            touchable.then_some((phase != Phase::Idle, since, *key))
+        });
+        let mut waiting: Vec<(bool, Instant, u64)> = waiting.collect();
+        waiting.sort_unstable();
+        for (_, _, key) in waiting {
+            let evicted =
+                |connection: &Arc<Connection>| !connection.has_unread() && connection.evict();
+            if house.connections.get(&key).is_some_and(evicted) {
+                house.connections.remove(&key);
+                metrics::EVICTED.inc();
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The life of a thread: one connection after the other.
+    fn work(&self) {
+        loop {
+            let mut house = self.lock();
+            house.idle_threads += 1;
+            let empty = |house: &mut House| house.arrivals.is_empty();
+            let waited = self.bell.wait_timeout_while(house, THREAD_IDLE, empty);
+            house = waited.unwrap_or_else(PoisonError::into_inner).0;
+            house.idle_threads -= 1;
+            let Some((key, connection)) = house.arrivals.pop_front() else {
+                house.threads -= 1;
+                return;
+            };
+            drop(house);
+            // A panic of the handler is caught closer by; this one keeps the books.
+            let _ = catch_unwind(AssertUnwindSafe(|| Session::new(self, &connection).serve()));
+            let mut house = self.lock();
+            house.connections.remove(&key);
+            self.count(&house);
+            let last = house.connections.is_empty();
+            drop(house);
+            if last && self.stop.raised() {
+                self.bell.notify_all();
+            }
+        }
+    }
+
+    fn count(&self, house: &House) {
+        if self.observed {
+            metrics::CONNECTIONS.set(house.connections.len() as i64);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, House> {
+        self.house.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a connection waits for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    /// For its first request, of which nothing has come.
+    New = 1,
+    /// For its next request, of which nothing has come.
+    Idle,
+    /// For the rest of a request.
+    Reading,
+    /// For room to write.
+    Writing,
+}
+
+impl Phase {
+    const ALL: [Phase; 4] = [Phase::New, Phase::Idle, Phase::Reading, Phase::Writing];
+}
+
+/// A client's socket and, for whoever looks for a place, what it waits for.
+struct Connection {
+    stream: TcpStream,
+    peer: SocketAddr,
+    epoch: Instant,
+    /// [`BUSY`], [`EVICTED`], or the microseconds between `epoch` and the begin of
+    /// the wait, times eight, plus the [`Phase`].
+    state: AtomicU64,
+}
+
+const BUSY: u64 = 0;
+const EVICTED: u64 = u64::MAX;
+
+impl Connection {
+    fn new(stream: TcpStream, peer: SocketAddr, epoch: Instant) -> Connection {
+        let connection = Connection { stream, peer, epoch, state: AtomicU64::new(BUSY) };
+        connection.wait_for(Phase::New, Instant::now());
+        connection
+    }
+
+    /// Marks the begin of a wait; once evicted, a connection stays so.
+    fn wait_for(&self, phase: Phase, since: Instant) {
+        let micros = since.saturating_duration_since(self.epoch).as_micros() as u64;
+        let state = micros << 3 | phase as u64;
+        let _ = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |old| {
+            (old != EVICTED).then_some(state)
+        });
+    }
+
+    /// Marks the end of a wait; an error when the connection was evicted meanwhile.
+    fn resume(&self) -> io::Result<()> {
+        match self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |old| {
+            (old != EVICTED).then_some(BUSY)
+        }) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(ErrorKind::ConnectionAborted.into()),
+        }
+    }
+
+    fn waiting(&self) -> Option<(Phase, Instant)> {
+        let state = self.state.load(Ordering::SeqCst);
+        if state == BUSY || state == EVICTED {
+            return None;
+        }
+        let phase = Phase::ALL.into_iter().find(|phase| *phase as u64 == state & 7)?;
+        Some((phase, self.epoch + Duration::from_micros(state >> 3)))
+    }
+
+    /// Ends it unless it has just become busy.
+    fn evict(&self) -> bool {
+        let waits = |old| (old != BUSY && old != EVICTED).then_some(EVICTED);
+        let evicted = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, waits);
+        let Ok(old) = evicted else { return false };
+        // A reader can still be told why; a writer's client does not listen.
+        let writing = old & 7 == Phase::Writing as u64;
+        let _ = self.stream.shutdown(if writing { Shutdown::Both } else { Shutdown::Read });
+        true
+    }
+
+    /// Whether bytes have come that its thread has not read yet.
+    fn has_unread(&self) -> bool {
+        let mut byte = [MaybeUninit::uninit()];
+        let peeked = SockRef::from(&self.stream).recv_with_flags(&mut byte, PEEK_AT_ONCE);
+        peeked.is_ok_and(|bytes| bytes > 0)
+    }
+
+    fn close_if_idle(&self) {
+        if self.waiting().is_some_and(|(phase, _)| phase <= Phase::Idle) {
+            // Its thread wakes with an end of file; a request that made it through
+            // before that is still read and answered.
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
+    }
+
+    fn close(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Connections that were told 503, kept for a moment so that closing them with
+/// their request unread does not take the answer away.
+#[derive(Default)]
+struct Refused(VecDeque<(Instant, TcpStream)>);
+
+impl Refused {
+    fn refuse(&mut self, stream: TcpStream) {
+        let id = Uuid::now_v7();
+        let told = "the server has no place left";
+        let body = format!(
+            "{{\"type\":\"about:blank\",\"title\":\"Service Unavailable\",\"status\":503,\
+             \"detail\":\"{told}\",\"error\":\"{told}\",\"request_id\":\"{id}\"}}"
+        );
+        let answer = format!(
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\n\
+             Content-Length: {}\r\nRetry-After: 1\r\nX-Request-Id: {id}\r\n\
+             Connection: close\r\n\r\n{body}",
+            body.len()
+        );
+        let _ = stream.set_nonblocking(true);
+        let _ = (&stream).write(answer.as_bytes());
+        let _ = stream.shutdown(Shutdown::Write);
+        self.0.push_back((Instant::now(), stream));
+        if self.0.len() > REFUSED {
+            self.0.pop_front();
+        }
+        self.sweep();
+    }
+
+    fn sweep(&mut self) {
+        let mut dropped = [0; 4096];
+        self.0.retain(|(since, stream)| {
+            let ended = matches!((&*stream).read(&mut dropped), Ok(0));
+            !ended && since.elapsed() < LINGER
+        });
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// One connection's requests, one after the other.
+struct Session<'s, H> {
+    server: &'s Server<H>,
+    connection: &'s Connection,
+    /// Bytes read and not yet used: requests may come pipelined.
+    buffer: Vec<u8>,
+    read_timeout: Duration,
+}
+
+/// A request that was read in full.
+struct Incoming<'s> {
+    head: Head,
+    body: Vec<u8>,
+    begun: Instant,
+    /// What the body takes of the memory for bodies, until it is answered.
+    share: Share<'s>,
+}
+
+/// Why there is no request.
+enum NoRequest {
+    /// The client has left, or may leave: nothing to say.
+    Closed,
+    /// The request is refused; nothing after it can be trusted.
+    Refused(Problem),
+}
+
+impl From<Problem> for NoRequest {
+    fn from(problem: Problem) -> NoRequest {
+        NoRequest::Refused(problem)
+    }
+}
+
+/// What a response needs to know of its request.
+struct Asked {
+    method: String,
+    path: String,
+    request_id: String,
+    http10: bool,
+    keep_alive: bool,
+    begun: Instant,
+}
+
+impl<'s, H> Session<'s, H>
+where
+    H: Fn(&Request) -> Answer,
+{
+    fn new(server: &'s Server<H>, connection: &'s Connection) -> Session<'s, H> {
+        Session { server, connection, buffer: Vec::new(), read_timeout: Duration::ZERO }
+    }
+
+    fn serve(&mut self) {
+        let timeout = Some(self.server.limits.write_timeout);
+        if self.connection.stream.set_write_timeout(timeout).is_err() {
+            return;
+        }
+        let mut first = true;
+        loop {
+            match self.next_request(first) {
+                Ok(incoming) => {
+                    if !self.answer(incoming) {
+                        return;
+                    }
+                }
+                Err(NoRequest::Closed) => return,
+                Err(NoRequest::Refused(problem)) => return self.refuse(problem),
+            }
+            first = false;
+        }
+    }
+
+    /// Reads one request; `first` of its connection.
+    fn next_request(&mut self, first: bool) -> Result<Incoming<'s>, NoRequest> {
+        let limits = &self.server.limits;
+        if self.buffer.is_empty() {
+            let phase = if first { Phase::New } else { Phase::Idle };
+            self.connection.wait_for(phase, Instant::now());
+            // Asked after the wait is marked, so that a stop sees the mark or is seen.
+            let timeout = match (first, self.server.stop.raised()) {
+                // A new connection is there to ask something.
+                (true, _) => limits.header_timeout,
+                (false, false) => limits.idle_timeout,
+                // Its client may not know yet that the last answer was the last one.
+                (false, true) => STOP_QUIET,
+            };
+            match self.fill(timeout) {
+                Ok(read) if read > 0 => (),
+                // Evicted at the moment at which its request came.
+                Err(_) if !self.buffer.is_empty() => {
+                    return Err(Problem::unavailable("the server has no place left").into());
+                }
+                _ => return Err(NoRequest::Closed),
+            }
+        }
+        let begun = Instant::now();
+        let deadline = begun + limits.header_timeout;
+        let mut scanned = 0;
+        let end = loop {
+            // Empty lines before a request are remains of sloppy clients (RFC 9112 section 2.2).
+            while self.buffer.starts_with(b"\r\n") {
+                self.buffer.drain(..2);
+                scanned = 0;
+            }
+            match wire::head_end(&self.buffer, &mut scanned, limits.max_head)? {
+                Some(end) => break end,
+                None => self.fill_by(deadline, begun, "the head of the request")?,
+            }
+        };
+        let head = wire::parse_head(&self.buffer[..end], limits.max_headers, limits.max_body)?;
+        self.buffer.drain(..end);
+        let mut share = Share { budget: &self.server.bodies, taken: 0 };
+        let body = self.read_body(&head, &mut share)?;
+        Ok(Incoming { head, body, begun, share })
+    }
+
+    fn read_body(&mut self, head: &Head, share: &mut Share<'_>) -> Result<Vec<u8>, NoRequest> {
+        if head.body == Body::None {
+            return Ok(Vec::new());
+        }
+        let begun = Instant::now();
+        let deadline = begun + self.server.limits.body_timeout;
+        if head.expects_continue && self.buffer.is_empty() {
+            let go = b"HTTP/1.1 100 Continue\r\n\r\n";
+            (&self.connection.stream).write_all(go).map_err(|_| NoRequest::Closed)?;
+        }
+        let mut body = Vec::new();
+        let mut chunked = Chunked::new(self.server.limits.max_body);
+        loop {
+            share.take(self.buffer.len(), self.server.limits.body_budget)?;
+            let taken = match head.body {
+                Body::Length(length) => {
+                    let piece = (length - body.len()).min(self.buffer.len());
+                    body.extend_from_slice(&self.buffer[..piece]);
+                    piece
+                }
+                _ => chunked.feed(&self.buffer, &mut body)?,
+            };
+            self.buffer.drain(..taken);
+            let done = match head.body {
+                Body::Length(length) => body.len() == length,
+                _ => chunked.done(),
+            };
+            if done {
+                return Ok(body);
+            }
+            self.fill_by(deadline, begun, "the body of the request")?;
+        }
+    }
+
+    /// Reads what is there, by a deadline for `what`, which began at `since`.
+    fn fill_by(&mut self, deadline: Instant, since: Instant, what: &str) -> Result<(), NoRequest> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.connection.wait_for(Phase::Reading, since);
+        let read = if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { self.fill(left) };
+        match read {
+            Ok(0) => Err(Problem::malformed(format!("{what} ends too early")).into()),
+            Ok(_) => Ok(()),
+            Err(err) if is_pause(&err) => {
+                Err(Problem::new(408, format!("{what} did not arrive in time")).into())
+            }
+            Err(err) if err.kind() == ErrorKind::ConnectionAborted => {
+                let told = format!("{what} is slow, and the server has no place left");
+                Err(Problem::unavailable(told).into())
+            }
+            Err(_) => Err(NoRequest::Closed),
+        }
+    }
+
+    /// One read into the buffer, at the end of a wait that the caller has begun.
+    fn fill(&mut self, timeout: Duration) -> io::Result<usize> {
+        if self.read_timeout != timeout {
+            self.connection.stream.set_read_timeout(Some(timeout))?;
+            self.read_timeout = timeout;
+        }
+        let old = self.buffer.len();
+        self.buffer.resize(old + READ, 0);
+        let read = loop {
+            match (&self.connection.stream).read(&mut self.buffer[old..]) {
+                Err(err) if err.kind() == ErrorKind::Interrupted => (),
+                read => break read,
+            }
+        };
+        self.buffer.truncate(old + *read.as_ref().unwrap_or(&0));
+        self.connection.resume()?;
+        read
+    }
+
+    /// Lets the handler answer; whether the connection may go on.
+    fn answer(&mut self, incoming: Incoming<'_>) -> bool {
+        let Incoming { head, body, begun, share } = incoming;
+        let mut headers = head.headers;
+        let request_id = settle_request_id(&mut headers);
+        let wants_more = head.keep_alive;
+        let asked = Asked {
+            path: head.target.split('?').next().unwrap_or_default().to_owned(),
+            keep_alive: wants_more && !self.server.stop.raised(),
+            method: head.method,
+            request_id,
+            http10: head.http10,
+            begun,
+        };
+        let request = Request::fake_http_from(
+            self.connection.peer,
+            &asked.method,
+            head.target,
+            headers,
+            body,
+        );
+        let answer = catch_unwind(AssertUnwindSafe(|| (self.server.handler)(&request)));
+        let answer =
+            answer.unwrap_or_else(|_| Answer { route: "", result: Err(Problem::internal()) });
+        let Answer { route, result } = answer;
+        drop((request, share));
+        let response = result.unwrap_or_else(|problem| {
+            if problem.status() >= 500 {
+                let Asked { method, path, request_id, .. } = &asked;
+                log::error!("{method} {}: {problem} id={request_id}", loggable(path));
+            }
+            problem.into_response(&asked.request_id)
+        });
+        // A stop that came meanwhile: the client learns with this answer that it is the last.
+        let keep_alive = asked.keep_alive && !self.server.stop.raised();
+        let asked = Asked { keep_alive, ..asked };
+        let sent = self.send(&asked, route, response);
+        // A client that did not want to go on has sent nothing more.
+        if matches!(sent, Ok(false)) && wants_more {
+            self.linger();
+        }
+        matches!(sent, Ok(true))
+    }
+
+    /// Answers a request that could not be read, and ends the connection.
+    fn refuse(&mut self, problem: Problem) {
+        let request_id = Uuid::now_v7().to_string();
+        let response = problem.into_response(&request_id);
+        let asked = Asked {
+            method: "-".into(),
+            path: "-".into(),
+            request_id,
+            http10: false,
+            keep_alive: false,
+            begun: Instant::now(),
+        };
+        if self.send(&asked, "", response).is_ok() {
+            self.linger();
+        }
+    }
+
+    /// Writes an answer, counts it and logs it; whether the connection may go on.
+    fn send(&self, asked: &Asked, route: &str, response: Response) -> io::Result<bool> {
+        let status = response.status_code;
+        let mut writer = Writer { session: self, sent: 0, blocked: Duration::ZERO };
+        let written = catch_unwind(AssertUnwindSafe(|| writer.write(asked, response)));
+        let written =
+            written.unwrap_or_else(|_| Err(io::Error::other("the body's reader panicked")));
+        if self.server.observed {
+            let elapsed = asked.begun.elapsed();
+            let method = match asked.method.as_str() {
+                known
+                @ ("GET" | "HEAD" | "POST" | "PUT" | "DELETE" | "PATCH" | "OPTIONS" | "-") => known,
+                _ => "other",
+            };
+            let class =
+                ["1xx", "2xx", "3xx", "4xx", "5xx"][usize::from(status / 100).clamp(1, 5) - 1];
+            metrics::REQUESTS.with_label_values(&[route, method, class]).inc();
+            metrics::REQUEST_SECONDS.with_label_values(&[route]).observe(elapsed.as_secs_f64());
+            log::info!(
+                "{} {} {status} {:.1}ms {}B id={} peer={}{}",
+                asked.method,
+                loggable(&asked.path),
+                elapsed.as_secs_f64() * 1e3,
+                writer.sent,
+                asked.request_id,
+                self.connection.peer,
+                written.as_ref().err().map(|err| format!(" cut short: {err}")).unwrap_or_default(),
+            );
+        }
+        written
+    }
+
+    /// Says that nothing more will come, and drops what the client still sends.
+    fn linger(&mut self) {
+        let begun = Instant::now();
+        let _ = self.connection.stream.shutdown(Shutdown::Write);
+        let mut dropped = 0;
+        while dropped < LINGER_BYTES {
+            let left = LINGER.saturating_sub(begun.elapsed());
+            self.buffer.clear();
+            // All is said: nobody is easier to do without.
+            self.connection.wait_for(Phase::Idle, begun);
+            match self.fill(left.max(Duration::from_millis(1))) {
+                Ok(read) if read > 0 && !left.is_zero() => dropped += read,
+                _ => return,
+            }
+        }
+    }
+}
+
+/// A request's part of the memory for bodies; given back when it is dropped.
+struct Share<'b> {
+    budget: &'b AtomicUsize,
+    taken: usize,
+}
+
+impl Share<'_> {
+    fn take(&mut self, bytes: usize, limit: usize) -> Result<(), Problem> {
+        self.taken += bytes;
+        if self.budget.fetch_add(bytes, Ordering::SeqCst) + bytes > limit {
+            return Err(Problem::unavailable("too many large bodies at once"));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        self.budget.fetch_sub(self.taken, Ordering::SeqCst);
+    }
+}
+
+/// The client's request id if it is sane, else a new one; the request carries it from now on.
+fn settle_request_id(headers: &mut Vec<(String, String)>) -> String {
+    let sane = |id: &str| {
+        (1..=128).contains(&id.len())
+            && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(&byte))
+    };
+    let is_id = |name: &str| name.eq_ignore_ascii_case("X-Request-Id");
+    let sent = headers.iter().find(|(name, value)| is_id(name) && sane(value));
+    let id = sent.map_or_else(|| Uuid::now_v7().to_string(), |(_, value)| value.clone());
+    headers.retain(|(name, _)| !is_id(name));
+    headers.push(("X-Request-Id".to_owned(), id.clone()));
+    id
+}
+
+/// Puts a response on the wire.
+struct Writer<'w, 's, H> {
+    session: &'w Session<'s, H>,
+    /// Bytes of the body.
+    sent: u64,
+    /// Time spent waiting for the client.
+    blocked: Duration,
+}
+
+impl<H> Writer<'_, '_, H> {
+    fn write(&mut self, asked: &Asked, response: Response) -> io::Result<bool> {
+        let Response { status_code: status, headers, data, .. } = response;
+        let (mut body, size) = data.into_reader_and_size();
+        let bodiless = status < 200 || status == 204 || status == 304;
+        let head_only = bodiless || asked.method == "HEAD";
+
+        // The begin of the body, enough to see whether that is all of it.
+        let mut start = vec![0; size.unwrap_or(WRITE_BUFFER).min(WRITE_BUFFER)];
+        let filled = if bodiless { 0 } else { read_full(&mut body, &mut start)? };
+        start.truncate(filled);
+        let whole = size.is_none() && filled < WRITE_BUFFER;
+        let length = if whole { Some(filled) } else { size };
+
+        let mut out = Vec::with_capacity(512 + start.len());
+        write!(out, "HTTP/1.1 {status} {}\r\n", reason(status))?;
+        let mut announced = None;
+        for (name, value) in &headers {
+            if name.eq_ignore_ascii_case("Content-Length") {
+                announced = Some(value);
+            } else if is_sound(name, value) {
+                write!(out, "{name}: {value}\r\n")?;
+            } else {
+                log::warn!("a malformed response header {name:?} was left out");
+            }
+        }
+        let has = |wanted: &str| headers.iter().any(|(name, _)| name.eq_ignore_ascii_case(wanted));
+        if !has("Date") {
+            write!(out, "Date: {}\r\n", httpdate::fmt_http_date(SystemTime::now()))?;
+        }
+        if !has("X-Request-Id") {
+            write!(out, "X-Request-Id: {}\r\n", asked.request_id)?;
+        }
+        match (length, announced) {
+            _ if bodiless => (),
+            // What a GET would have brought, told by whoever would have answered it.
+            (_, Some(announced)) if head_only => write!(out, "Content-Length: {announced}\r\n")?,
+            (Some(length), _) => write!(out, "Content-Length: {length}\r\n")?,
+            (None, _) if asked.http10 => (),
+            (None, _) => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
+        }
+        // Only the end of the connection tells an HTTP/1.0 client the end of such a body.
+        let ends_by_closing = asked.http10 && length.is_none() && !head_only;
+        let keep_alive = asked.keep_alive && !ends_by_closing;
+        if !keep_alive {
+            out.extend_from_slice(b"Connection: close\r\n");
+        } else if asked.http10 {
+            out.extend_from_slice(b"Connection: keep-alive\r\n");
+        }
+        out.extend_from_slice(b"\r\n");
+
+        if head_only {
+            self.put(&out, 0)?;
+            return Ok(keep_alive);
+        }
+        let chunked = length.is_none() && !asked.http10;
+        append(&mut out, &start, chunked);
+        self.put(&out, start.len())?;
+        let mut left = length.map(|length| length - start.len());
+        let mut piece = start;
+        while left != Some(0) {
+            piece.resize(left.unwrap_or(WRITE_BUFFER).min(WRITE_BUFFER), 0);
+            let read = read_some(&mut body, &mut piece)?;
+            if read == 0 {
+                break;
+            }
+            out.clear();
+            append(&mut out, &piece[..read], chunked);
+            self.put(&out, read)?;
+            left = left.map(|left| left - read);
+        }
+        if left.is_some_and(|left| left > 0) {
+            return Err(io::Error::new(ErrorKind::UnexpectedEof, "the body is too short"));
+        }
+        if chunked {
+            self.put(b"0\r\n\r\n", 0)?;
+        }
+        Ok(keep_alive)
+    }
+
+    /// Writes all of `bytes`, of which `body` belong to the body, unless the
+    /// client takes too long.
+    fn put(&mut self, mut bytes: &[u8], body: usize) -> io::Result<()> {
+        let Session { connection, server, .. } = self.session;
+        let begun = Instant::now();
+        connection.wait_for(Phase::Writing, begun.checked_sub(self.blocked).unwrap_or(begun));
+        while !bytes.is_empty() {
+            match (&connection.stream).write(bytes) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => bytes = &bytes[written..],
+                Err(err) if err.kind() == ErrorKind::Interrupted => (),
+                Err(err) if is_pause(&err) => return Err(ErrorKind::TimedOut.into()),
+                Err(err) => return Err(err),
+            }
+            let earned = Duration::from_millis(self.sent * 1000 / MIN_WRITE_RATE);
+            if self.blocked + begun.elapsed() > server.limits.write_timeout + earned {
+                return Err(ErrorKind::TimedOut.into());
+            }
+        }
+        self.blocked += begun.elapsed();
+        self.sent += body as u64;
+        connection.resume()
+    }
+}
+
+/// Adds a piece of a body, as a chunk where the body is chunked.
+fn append(out: &mut Vec<u8>, piece: &[u8], chunked: bool) {
+    if !chunked {
+        out.extend_from_slice(piece);
+    } else if !piece.is_empty() {
+        out.extend_from_slice(format!("{:x}\r\n", piece.len()).as_bytes());
+        out.extend_from_slice(piece);
+        out.extend_from_slice(b"\r\n");
+    }
+}
+
+/// Reads until `buffer` is full or the reader at its end.
+fn read_full(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match read_some(reader, &mut buffer[filled..])? {
+            0 => break,
+            read => filled += read,
+        }
+    }
+    Ok(filled)
+}
+
+fn read_some(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match reader.read(buffer) {
+            Err(err) if err.kind() == ErrorKind::Interrupted => (),
+            read => return read,
+        }
+    }
+}
+
+/// Whether a header cannot break the head it stands in.
+fn is_sound(name: &str, value: &str) -> bool {
+    !name.is_empty()
+        && name.bytes().all(wire::is_token)
+        && !value.bytes().any(|byte| byte.is_ascii_control() && byte != b'\t')
+}
+
+/// A path without what a terminal or a log reader might take for its own: some
+/// letters beyond ASCII are controls or line ends.
+fn loggable(path: &str) -> Cow<'_, str> {
+    if path.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Cow::Borrowed(path);
+    }
+    let escaped = |letter: char| match letter.is_ascii_graphic() {
+        true => letter.to_string(),
+        false => letter.escape_unicode().to_string(),
+    };
+    Cow::Owned(path.chars().map(escaped).collect())
+}
+
+/// How a socket says that its timeout has passed.
+fn is_pause(err: &io::Error) -> bool {
+    matches!(err.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
