@@ -1,0 +1,108 @@
+//! The entity tags that a request names, RFC 9110 sections 8.8.3, 13.1.1 and 13.1.2.
+//!
+//! rouille compares `If-None-Match` as a text with the tag; lists, weak tags and
+//! `*` are left to its user.
+
+use chassis::Problem;
+use rouille::Request;
+
+/// A list of tags, or "any".
+#[derive(Debug, PartialEq)]
+enum Tags<'h> {
+    Any,
+    These(Vec<Tag<'h>>),
+}
+
+#[derive(Debug, PartialEq)]
+struct Tag<'h> {
+    weak: bool,
+    text: &'h str,
+}
+
+/// Whether `If-None-Match` names this version, so that a 304 will do. What cannot
+/// be understood names nothing: a whole answer is never wrong.
+pub(crate) fn is_known(request: &Request, version: &str) -> bool {
+    match header(request, "If-None-Match").as_deref().and_then(parse) {
+        Some(Tags::Any) => true,
+        // The weak comparison.
+        Some(Tags::These(tags)) => tags.iter().any(|tag| tag.text == version),
+        None => false,
+    }
+}
+
+/// The versions that `If-Match` allows to be changed; `None` when any will do.
+/// What cannot be understood is an error: changing anyway might overwrite.
+pub(crate) fn wanted(request: &Request) -> Result<Option<Vec<String>>, Problem> {
+    let Some(header) = header(request, "If-Match") else { return Ok(None) };
+    match parse(&header) {
+        Some(Tags::Any) => Ok(None),
+        // The strong comparison: a weak tag equals nothing.
+        Some(Tags::These(tags)) => {
+            let strong = tags.iter().filter(|tag| !tag.weak);
+            Ok(Some(strong.map(|tag| tag.text.to_owned()).collect()))
+        }
+        None => Err(Problem::malformed("If-Match must be * or a list of entity tags in quotes")),
+    }
+}
+
+/// A header that may come in several lines, which mean the same as one list.
+fn header(request: &Request, name: &str) -> Option<String> {
+    let lines = request.headers().filter(|(key, _)| key.eq_ignore_ascii_case(name));
+    lines.map(|(_, value)| value.to_owned()).reduce(|all, line| all + "," + &line)
+}
+
+fn parse(header: &str) -> Option<Tags<'_>> {
+    if header.trim() == "*" {
+        return Some(Tags::Any);
+    }
+    let mut tags = Vec::new();
+    let mut rest = header;
+    loop {
+        // A sender makes no empty elements, a recipient takes them (section 5.6.1.2).
+        rest = rest.trim_start_matches([' ', '\t', ',']);
+        if rest.is_empty() {
+            return (!tags.is_empty()).then_some(Tags::These(tags));
+        }
+        let (weak, quoted) = rest.strip_prefix("W/").map_or((false, rest), |tag| (true, tag));
+        // A tag may have a comma in it, but no quote, space or control.
+        let (text, behind) = quoted.strip_prefix('"')?.split_once('"')?;
+        if text.chars().any(|char| char <= ' ' || char == '\x7f') {
+            return None;
+        }
+        tags.push(Tag { weak, text });
+        rest = behind.trim_start_matches([' ', '\t']);
+        if !rest.is_empty() && !rest.starts_with(',') {
+            return None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_tags_is_read_as_the_standard_says() {
+        let strong = |text| Tag { weak: false, text };
+        let weak = |text| Tag { weak: true, text };
+        let these = |tags| Some(Tags::These(tags));
+        for (header, tags) in [
+            ("*", Some(Tags::Any)),
+            (" * ", Some(Tags::Any)),
+            (r#""7""#, these(vec![strong("7")])),
+            (r#""""#, these(vec![strong("")])),
+            (r#"W/"7""#, these(vec![weak("7")])),
+            (r#" "7" ,"a,b",, W/"é""#, these(vec![strong("7"), strong("a,b"), weak("é")])),
+            (r#"*, "7""#, None),
+            (r#""7" "8""#, None),
+            (r#""7"#, None),
+            (r#"w/"7""#, None),
+            (r#""a b""#, None),
+            ("7", None),
+            (",", None),
+            ("", None),
+        ] {
+            assert_eq!(parse(header), tags, "{header}");
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! Starts the inventory service: HTTP in front of the movie catalogue.
+
+use chassis::{Env, Stop, http, logging, server};
+use inventory::App;
+use inventory::config::Config;
+use inventory::routes::ROUTES;
+
+fn main() -> anyhow::Result<()> {
+    let config = Config::from_env(Env::load())?;
+    logging::init(config.log_level)?;
+    let stop = Stop::on_signals()?;
+    let app = App::new(config.db)?;
+    server::run(&config.http, &stop, move |request| http::dispatch(ROUTES, &app, request))
+}
