@@ -1,0 +1,31 @@
+//! What this service counts beside what every service does.
+
+use prometheus::{
+    Histogram, IntCounter, IntGauge, exponential_buckets, histogram_opts, register_histogram,
+    register_int_counter, register_int_gauge,
+};
+
+chassis::metrics! {
+    /// Registers all of them.
+    pub fn register;
+    CONNECTED: IntGauge = register_int_gauge!(
+        "billing_consumer_connected", "1 while this process consumes the queue.");
+    CONSUMED: IntCounter = register_int_counter!(
+        "billing_messages_consumed_total", "Messages dealt with and acknowledged.");
+    BOOKED: IntCounter = register_int_counter!(
+        "billing_orders_booked_total", "Orders written to the table.");
+    DUPLICATE: IntCounter = register_int_counter!(
+        "billing_messages_duplicate_total", "Messages whose order was booked already.");
+    REJECTED: IntCounter = register_int_counter!(
+        "billing_messages_rejected_total", "Messages moved to the dead letters.");
+    PARKED: IntGauge = register_int_gauge!(
+        "billing_messages_parked", "Messages that wait for their way to the dead letters.");
+    BATCH_SIZE: Histogram = register_histogram!(histogram_opts!(
+        "billing_batch_size", "Messages in a batch.",
+        exponential_buckets(1.0, 2.0, 11).unwrap_or_default()));
+    BOOKING_SECONDS: Histogram = register_histogram!(histogram_opts!(
+        "billing_booking_seconds", "From a batch's begin to its commit.",
+        exponential_buckets(0.000_5, 2.0, 14).unwrap_or_default()));
+    LAG: IntGauge = register_int_gauge!(
+        "billing_consumer_lag_seconds", "Age of the message dealt with last, by its timestamp.");
+}
