@@ -1,0 +1,40 @@
+//! Starts the gateway: HTTP in front, one thread that publishes behind.
+
+use std::thread;
+use std::time::Duration;
+
+use chassis::health::Probe;
+use chassis::{Env, Stop, http, logging, server};
+use gateway::config::Config;
+use gateway::forward::Inventory;
+use gateway::publish::Publisher;
+use gateway::{App, metrics, routes};
+
+fn main() -> anyhow::Result<()> {
+    let mut env = Env::load();
+    let level = logging::level_from_env(&mut env);
+    let config = Config::from_env(&mut env);
+    let config = env.finish(config)?;
+    logging::init(level)?;
+    metrics::register();
+
+    let stop = Stop::on_signals()?;
+    // Requests in flight at a stop still want their confirms: the publisher ends after them.
+    let done = Stop::default();
+    let inventory = Inventory::new(&config.forward);
+    let (publisher, worker) = Publisher::new(&config.publish);
+    let probes = vec![
+        Probe::new("inventory", inventory.probe())?,
+        Probe::new("rabbitmq", publisher.probe())?,
+    ];
+    let app = App { inventory, publisher, probes };
+
+    thread::scope(|scope| {
+        stop.spawn(scope, "publisher", || worker.run(&done))?;
+        app.publisher.await_connection(Duration::from_secs(2), &stop);
+        let handle = move |request: &_| http::dispatch(routes::ROUTES, &app, request);
+        let served = server::run(&config.http, &stop, handle);
+        done.raise();
+        served
+    })
+}

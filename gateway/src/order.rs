@@ -1,0 +1,222 @@
+//! An order as it comes in at the door: what it must say, and the id it gets.
+//!
+//! Billing applies the same rules to what comes out of the queue, because anybody
+//! may publish there; `billing/messages/` holds examples that both are tested with.
+
+use chassis::http;
+use chassis::problem::Problem;
+use chassis::value;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use uuid::{Uuid, uuid};
+
+/// Names made from idempotency keys live in this namespace (RFC 9562 section 5.5).
+const KEYS: Uuid = uuid!("0a4d1f1e-52a4-4f0f-9a3b-6f1c5ee0c2b7");
+
+const USER_ID_RULE: &str = "must be a string of 1 to 255 characters without U+0000, or a number";
+const NUMBER_OF_ITEMS_RULE: &str =
+    "must be a whole number from 0 to 2147483647, as a number or a string of digits";
+const TOTAL_AMOUNT_RULE: &str =
+    "must be from 0 to 999999999999.99 with at most two decimals, as a number or a string";
+
+/// The largest amount, in cents: what `numeric(14, 2)` holds.
+const TOTAL_AMOUNT_MAX: i64 = 99_999_999_999_999;
+
+/// An order that keeps the rules.
+#[derive(Debug)]
+pub struct Order {
+    /// What goes on the queue: the body without the white space between its tokens.
+    pub body: String,
+    user_id: String,
+}
+
+#[derive(Deserialize)]
+struct Fields<'b> {
+    #[serde(borrow)]
+    user_id: Option<&'b RawValue>,
+    #[serde(borrow)]
+    number_of_items: Option<&'b RawValue>,
+    #[serde(borrow)]
+    total_amount: Option<&'b RawValue>,
+}
+
+impl Order {
+    /// Reads a body: 400 when it is not JSON, 422 with one entry for each field that breaks its rule.
+    pub fn parse(text: &str) -> Result<Order, Problem> {
+        let fields: Fields<'_> = http::json_object(text)?;
+        let mut broken = Vec::new();
+        let mut check =
+            |field: &str, value: Option<&RawValue>, holds: fn(&str) -> bool, rule: &str| {
+                let Some(value) = value else {
+                    broken.push((field.to_owned(), "is required".to_owned()));
+                    return None;
+                };
+                let kept = value::spelled(value).ok().filter(|text| holds(text));
+                if kept.is_none() {
+                    broken.push((field.to_owned(), rule.to_owned()));
+                }
+                kept
+            };
+        let user_id = check("user_id", fields.user_id, is_user_id, USER_ID_RULE);
+        check("number_of_items", fields.number_of_items, is_number_of_items, NUMBER_OF_ITEMS_RULE);
+        check("total_amount", fields.total_amount, is_total_amount, TOTAL_AMOUNT_RULE);
+        match user_id {
+            Some(user_id) if broken.is_empty() => Ok(Order { body: compact(text), user_id }),
+            _ => Err(Problem::invalid_fields(broken)),
+        }
+    }
+
+    /// The message's id: a new one (UUIDv7), or the one that this user's key always gives (UUIDv5).
+    pub fn message_id(&self, key: Option<&str>) -> String {
+        let id = match key {
+            Some(key) => {
+                // A user id has no U+0000: two pairs never make the same name.
+                Uuid::new_v5(&KEYS, format!("{}\0{key}", self.user_id).as_bytes())
+            }
+            None => Uuid::now_v7(),
+        };
+        id.to_string()
+    }
+}
+
+/// The key of an `Idempotency-Key` header, quoted (as the IETF draft has it) or bare.
+pub fn idempotency_key(header: &str) -> Result<String, Problem> {
+    let inner = header.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    let key = inner.unwrap_or(header);
+    let printable = key.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    // In quotes a backslash would begin an escape, so neither it nor a quote is served.
+    let plain = !key.contains('"') && (inner.is_none() || !key.contains('\\'));
+    if printable && plain && (1..=255).contains(&key.len()) {
+        Ok(key.to_owned())
+    } else {
+        Err(Problem::malformed("Idempotency-Key must be 1 to 255 printable ASCII characters"))
+    }
+}
+
+fn is_user_id(text: &str) -> bool {
+    (1..=255).contains(&text.chars().count()) && !text.contains('\0')
+}
+
+fn is_number_of_items(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<i32>().is_ok()
+}
+
+fn is_total_amount(text: &str) -> bool {
+    value::hundredths(text).is_some_and(|cents| cents <= TOTAL_AMOUNT_MAX)
+}
+
+/// Leaves out the white space between tokens; everything else stays as it is spelled.
+fn compact(json: &str) -> String {
+    let (mut in_string, mut escaped) = (false, false);
+    json.chars()
+        .filter(|letter| {
+            match letter {
+                _ if escaped => escaped = false,
+                '\\' => escaped = true,
+                '"' => in_string = !in_string,
+                _ => (),
+            }
+            in_string || !matches!(letter, ' ' | '\t' | '\n' | '\r')
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_is_queued_as_it_was_spelled_without_the_white_space_around() {
+        let text = "{ \"total_amount\" : 29.90 ,\n\t\"user_id\": \"a \\\" \\u0041\",\r\n \"number_of_items\":\"007\", \"x\": [ 1, 2 ] }";
+        let order = Order::parse(text).unwrap();
+        let queued =
+            r#"{"total_amount":29.90,"user_id":"a \" \u0041","number_of_items":"007","x":[1,2]}"#;
+        assert_eq!(order.body, queued);
+        assert_eq!(order.user_id, "a \" A");
+    }
+
+    #[test]
+    fn every_broken_field_is_named() {
+        let problem = Order::parse(r#"{"user_id":"","number_of_items":-1,"total_amount":1.005}"#);
+        let told = problem.unwrap_err().to_string();
+        for field in ["user_id must", "number_of_items must", "total_amount must"] {
+            assert!(told.contains(field), "{told}");
+        }
+        let told = Order::parse(r#"{"user_id":1}"#).unwrap_err().to_string();
+        assert_eq!(told, "number_of_items is required; total_amount is required");
+    }
+
+    #[test]
+    fn what_is_no_json_is_a_400_and_what_is_no_order_a_422() {
+        let order = |user: &str, items: &str, amount: &str| {
+            format!(r#"{{"user_id":{user},"number_of_items":{items},"total_amount":{amount}}}"#)
+        };
+        let deep = format!("{{\"user_id\":{}", "[".repeat(500));
+        for (text, status) in [
+            ("", 400),
+            ("{", 400),
+            ("hello", 400),
+            (&deep, 400),
+            ("null", 422),
+            ("7", 422),
+            ("[\"20\",\"1\",\"2\"]", 422),
+            ("{}", 422),
+            (r#"{"user_id":1,"user_id":2,"number_of_items":1,"total_amount":1}"#, 422),
+            (&order("null", "1", "1"), 422),
+            (&order("true", "1", "1"), 422),
+            (&order("{}", "1", "1"), 422),
+            (&order("\"\\u0000\"", "1", "1"), 422),
+            (&order(&format!("\"{}\"", "x".repeat(256)), "1", "1"), 422),
+            (&order("1", "2147483648", "1"), 422),
+            (&order("1", "1.0", "1"), 422),
+            (&order("1", "\" 1\"", "1"), 422),
+            (&order("1", "\"\"", "1"), 422),
+            (&order("1", "1", "-0.01"), 422),
+            (&order("1", "1", "1000000000000"), 422),
+            (&order("1", "1", "\"1_000\""), 422),
+            (&order("1", "1", "\"NaN\""), 422),
+            (&order("1", "1", "1e400"), 422),
+        ] {
+            assert_eq!(Order::parse(text).unwrap_err().status(), status, "{text}");
+        }
+    }
+
+    #[test]
+    fn numbers_and_strings_up_to_the_limits_are_orders() {
+        for (user, items, amount) in [
+            ("20", "99", "250"),
+            ("\"20\"", "\"99\"", "\"250\""),
+            ("1.5", "0", "0"),
+            ("-1", "2147483647", "999999999999.99"),
+            ("1", "1", "1.5e2"),
+            ("1", "1", "1.500"),
+        ] {
+            let text = format!(
+                r#"{{"user_id":{user},"number_of_items":{items},"total_amount":{amount}}}"#
+            );
+            Order::parse(&text).unwrap_or_else(|problem| panic!("{text}: {problem}"));
+        }
+    }
+
+    #[test]
+    fn a_key_and_a_user_always_give_the_same_id_and_others_another() {
+        let order = |user: &str| {
+            let text = format!(r#"{{"user_id":{user},"number_of_items":1,"total_amount":1}}"#);
+            Order::parse(&text).unwrap()
+        };
+        let id = order("\"20\"").message_id(Some("a"));
+        assert_eq!(order("20").message_id(Some("a")), id);
+        assert_ne!(order("20").message_id(Some("b")), id);
+        assert_ne!(order("21").message_id(Some("a")), id);
+        assert_ne!(order("20").message_id(None), order("20").message_id(None));
+    }
+
+    #[test]
+    fn a_key_may_be_quoted_or_bare_and_must_be_printable() {
+        assert_eq!(idempotency_key("\"abc\"").unwrap(), "abc");
+        assert_eq!(idempotency_key("abc").unwrap(), "abc");
+        for bad in ["", "\"\"", "\"", "a\"b", "\"a\\\"b\"", "ä", &"x".repeat(256)] {
+            assert_eq!(idempotency_key(bad).unwrap_err().status(), 400, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! Publishing with confirms: one thread owns the connection and keeps many
+//! messages outstanding; the threads of the server wait for theirs with a deadline.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use amiquip::{
+    AmqpProperties, Channel, Confirm, Connection, ConnectionBlockedNotification, Publish,
+    QueueDeclareOptions, Return,
+};
+use anyhow::bail;
+use chassis::Stop;
+use chassis::broker::{self, Backoff, Leash};
+use chassis::problem::Problem;
+use chassis::turns::{Turn, Turns};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+
+use crate::{config, metrics};
+
+/// The longest a call of the connection may take: they only hand bytes over.
+const CALL: Duration = Duration::from_secs(2);
+
+/// How often the thread looks up from its channels.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A broker that confirms nothing for so long, though it has messages and has not
+/// said that it is blocked, is given up: a new connection tells more.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// How long an order waits for a place while the broker confirms others.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// AMQP 0-9-1's delivery mode for a message that survives the broker.
+const PERSISTENT: u8 = 2;
+
+/// The side of the server's threads.
+pub struct Publisher {
+    jobs: Sender<Job>,
+    shared: Arc<Shared>,
+    timeout: Duration,
+}
+
+/// The side of the one thread that publishes.
+pub struct Worker {
+    broker: broker::Config,
+    queue: String,
+    jobs: Receiver<Job>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    connected: AtomicBool,
+    /// The broker has raised an alarm and takes no messages.
+    blocked: AtomicBool,
+    turns: Turns,
+}
+
+/// A message on its way; whoever posted it waits at the other end of `verdict`.
+struct Job {
+    id: String,
+    body: String,
+    deadline: Instant,
+    verdict: Sender<Verdict>,
+    /// A place among the messages on their way, until the broker has said what became
+    /// of this one, also when nobody waits for that any more.
+    turn: Turn,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Verdict {
+    /// The broker has a persistent copy.
+    Confirmed,
+    /// The broker has none.
+    Refused,
+    /// The connection was lost in between.
+    Unknown,
+}
+
+impl Publisher {
+    /// Both sides; nothing is sent before the worker runs.
+    pub fn new(config: &config::Publish) -> (Publisher, Worker) {
+        let (sender, receiver) = bounded(config.max_in_flight);
+        let shared = Arc::new(Shared {
+            connected: AtomicBool::new(false),
+            blocked: AtomicBool::new(false),
+            turns: Turns::new(config.max_in_flight).shown_by(metrics::PUBLISHES_IN_FLIGHT.clone()),
+        });
+        let worker = Worker {
+            broker: config.broker.clone(),
+            queue: config.queue.clone(),
+            jobs: receiver,
+            shared: Arc::clone(&shared),
+        };
+        (Publisher { jobs: sender, shared, timeout: config.timeout }, worker)
+    }
+
+    /// Returns once the broker has confirmed a persistent copy, and not a moment before.
+    pub fn publish(&self, id: &str, body: String) -> Result<(), Problem> {
+        let (verdict, answer) = bounded(1);
+        self.shared.usable().map_err(Problem::unavailable)?;
+        let turn =
+            self.shared.turns.take_if_moving(PATIENCE).ok_or_else(|| {
+                Problem::unavailable("too many orders wait for the message broker")
+            })?;
+        let deadline = Instant::now() + self.timeout;
+        let job = Job { id: id.to_owned(), body, deadline, verdict, turn };
+        if self.jobs.try_send(job).is_err() {
+            return Err(Problem::unavailable("too many orders wait for the message broker"));
+        }
+        let outcome = match answer.recv_deadline(deadline) {
+            Ok(Verdict::Confirmed) => return Ok(()),
+            Ok(Verdict::Refused) => "the message broker did not take the order",
+            Ok(Verdict::Unknown) | Err(_) => {
+                "the message broker did not confirm the order; it may have arrived or not: \
+                 repeat it with the same Idempotency-Key"
+            }
+        };
+        Err(Problem::unavailable(outcome).because(format!("message {id} is not confirmed")))
+    }
+
+    /// Gives the broker a moment: a gateway that shares its port with another one
+    /// had better not open its door while it would refuse orders.
+    pub fn await_connection(&self, limit: Duration, stop: &Stop) {
+        let deadline = Instant::now() + limit;
+        while self.shared.usable().is_err() && Instant::now() < deadline {
+            if stop.wait(Duration::from_millis(5)) {
+                return;
+            }
+        }
+    }
+
+    /// Whether an order could be published now.
+    pub fn probe(&self) -> impl Fn() -> Result<(), String> + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        move || shared.usable().map_err(str::to_owned)
+    }
+}
+
+impl Shared {
+    fn usable(&self) -> Result<(), &'static str> {
+        if !self.connected.load(Ordering::SeqCst) {
+            return Err("the message broker is not available");
+        }
+        if self.blocked.load(Ordering::SeqCst) {
+            return Err("the message broker takes no messages for now");
+        }
+        Ok(())
+    }
+}
+
+impl Worker {
+    /// Publishes until `done`; connects again, for ever, when the broker goes away.
+    pub fn run(&self, done: &Stop) {
+        let mut backoff = Backoff::default();
+        let mut told = false;
+        while !done.raised() {
+            let Err(err) = self.session(done) else { return };
+            let was_connected = self.shared.connected.swap(false, Ordering::SeqCst);
+            metrics::BROKER_CONNECTED.set(0);
+            // One line a change of state, not one an attempt.
+            if was_connected {
+                log::error!("the broker is lost: {err:#}");
+                backoff.reset();
+            } else if !told {
+                log::warn!("the broker is not available, trying until it is: {err:#}");
+            }
+            told = !was_connected;
+            for job in self.jobs.try_iter() {
+                job.settle(Verdict::Refused);
+            }
+            done.wait(backoff.pause());
+        }
+    }
+
+    /// One connection, from its begin to its end.
+    fn session(&self, done: &Stop) -> anyhow::Result<()> {
+        let (mut connection, leash) = self.broker.connect("gateway")?;
+        let channel = leash.within(CALL, || connection.open_channel(None))?;
+        let talked = self.talk(&mut connection, &channel, &leash, done);
+        let blocked = self.shared.blocked.load(Ordering::SeqCst);
+        match &talked {
+            Ok(()) if !blocked => leash.within(CALL, || {
+                let _ = channel.close();
+                let _ = connection.close();
+            }),
+            _ => {
+                // Dropping a channel asks the broker to close it and waits: not on one
+                // that does not answer.
+                drop(leash);
+                drop(channel);
+                drop(connection);
+            }
+        }
+        talked
+    }
+
+    fn talk(
+        &self,
+        connection: &mut Connection,
+        channel: &Channel,
+        leash: &Leash,
+        done: &Stop,
+    ) -> anyhow::Result<()> {
+        let (confirms, returns, blocks) = leash.within(CALL, || -> amiquip::Result<_> {
+            // Without arguments, so that anybody's plain durable declaration is the same.
+            let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+            channel.queue_declare(&self.queue, durable)?;
+            let confirms = channel.listen_for_publisher_confirms()?;
+            let returns = channel.listen_for_returns()?;
+            let blocks = connection.listen_for_connection_blocked()?;
+            channel.enable_publisher_confirms()?;
+            Ok((confirms, returns, blocks))
+        })?;
+        self.shared.blocked.store(false, Ordering::SeqCst);
+        self.shared.connected.store(true, Ordering::SeqCst);
+        metrics::BROKER_CONNECTED.set(1);
+        log::info!("publishing to {} at {}", self.queue, self.broker.address);
+
+        let mut outstanding = Outstanding::new();
+        loop {
+            select! {
+                recv(self.jobs) -> job => match job {
+                    Ok(job) => self.send(job, channel, leash, &mut outstanding)?,
+                    Err(_) => return Ok(()),
+                },
+                recv(confirms) -> confirm => {
+                    // An unroutable message is returned first and then confirmed all the same.
+                    for returned in returns.try_iter() {
+                        outstanding.returned(&returned);
+                    }
+                    outstanding.confirmed(confirm?);
+                }
+                recv(blocks) -> notice => {
+                    let blocked = match notice? {
+                        ConnectionBlockedNotification::Blocked(why) => {
+                            log::error!("the broker takes no messages for now: {why}");
+                            true
+                        }
+                        ConnectionBlockedNotification::Unblocked => {
+                            log::info!("the broker takes messages again");
+                            outstanding.heard = Instant::now();
+                            false
+                        }
+                    };
+                    self.shared.blocked.store(blocked, Ordering::SeqCst);
+                }
+                default(TICK) => (),
+            }
+            if outstanding.unroutable {
+                bail!("the queue {} is gone: connecting anew to declare it", self.queue);
+            }
+            // All requests are answered by then: whatever is outstanding, nobody waits for it.
+            if done.raised() {
+                return Ok(());
+            }
+            let blocked = self.shared.blocked.load(Ordering::SeqCst);
+            if !blocked && !outstanding.messages.is_empty() && outstanding.heard.elapsed() > SILENCE
+            {
+                bail!("no confirm for {} s", SILENCE.as_secs());
+            }
+        }
+    }
+
+    fn send(
+        &self,
+        job: Job,
+        channel: &Channel,
+        leash: &Leash,
+        outstanding: &mut Outstanding,
+    ) -> anyhow::Result<()> {
+        // Its client has been told that it was not confirmed; then it had better not be sent.
+        if job.deadline <= Instant::now() {
+            job.settle(Verdict::Refused);
+            return Ok(());
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let properties = AmqpProperties::default()
+            .with_content_type("application/json".to_owned())
+            .with_delivery_mode(PERSISTENT)
+            .with_message_id(job.id.clone())
+            .with_timestamp(now.as_secs())
+            .with_app_id("gateway".to_owned());
+        let publish = Publish {
+            body: job.body.as_bytes(),
+            routing_key: self.queue.clone(),
+            mandatory: true,
+            immediate: false,
+            properties,
+        };
+        let handed_over = leash.within(CALL, || channel.basic_publish("", publish));
+        outstanding.add(job);
+        Ok(handed_over?)
+    }
+}
+
+/// What was sent and is not confirmed, by delivery tag. Whatever is left when it
+/// is dropped has an unknown fate.
+struct Outstanding {
+    messages: BTreeMap<u64, Job>,
+    last_tag: u64,
+    /// When the broker last confirmed something, or had nothing to confirm.
+    heard: Instant,
+    unroutable: bool,
+}
+
+impl Outstanding {
+    fn new() -> Outstanding {
+        let heard = Instant::now();
+        Outstanding { messages: BTreeMap::new(), last_tag: 0, heard, unroutable: false }
+    }
+
+    fn add(&mut self, job: Job) {
+        if self.messages.is_empty() {
+            self.heard = Instant::now();
+        }
+        self.last_tag += 1;
+        self.messages.insert(self.last_tag, job);
+    }
+
+    fn confirmed(&mut self, confirm: Confirm) {
+        self.heard = Instant::now();
+        let (payload, verdict) = match confirm {
+            Confirm::Ack(payload) => (payload, Verdict::Confirmed),
+            Confirm::Nack(payload) => (payload, Verdict::Refused),
+        };
+        let settled = if payload.multiple {
+            let later = self.messages.split_off(&(payload.delivery_tag + 1));
+            std::mem::replace(&mut self.messages, later).into_values().collect()
+        } else {
+            Vec::from_iter(self.messages.remove(&payload.delivery_tag))
+        };
+        for job in settled {
+            job.settle(verdict);
+        }
+    }
+
+    fn returned(&mut self, returned: &Return) {
+        self.unroutable = true;
+        let id = returned.properties.message_id();
+        let tag = self.messages.iter().find(|(_, job)| Some(&job.id) == id.as_ref());
+        if let Some(job) = tag.map(|(tag, _)| *tag).and_then(|tag| self.messages.remove(&tag)) {
+            job.settle(Verdict::Refused);
+        }
+    }
+}
+
+impl Drop for Outstanding {
+    fn drop(&mut self) {
+        for job in std::mem::take(&mut self.messages).into_values() {
+            job.settle(Verdict::Unknown);
+        }
+    }
+}
+
+impl Job {
+    fn settle(self, verdict: Verdict) {
+        let label = match verdict {
+            Verdict::Confirmed => "confirmed",
+            Verdict::Refused => "refused",
+            Verdict::Unknown => "unknown",
+        };
+        metrics::PUBLISHES.with_label_values(&[label]).inc();
+        drop(self.turn);
+        // Whoever waited may have given up.
+        let _ = self.verdict.try_send(verdict);
+    }
+}

@@ -1,0 +1,45 @@
+//! Which path goes where.
+
+use chassis::health;
+use chassis::http::{self, Params, Route, route};
+use chassis::problem::Problem;
+use rouille::{Request, Response};
+use serde_json::json;
+
+use crate::order::{self, Order};
+use crate::{App, docs};
+
+/// The public API.
+pub const ROUTES: &[Route<App>] = &[
+    route("*", "/api/movies/*", movies),
+    route("POST", "/api/billing", place_order),
+    route("GET", "/health", |_, _, _| Ok(health::live())),
+    route("GET", "/health/ready", |app, _, _| Ok(health::ready(&app.probes))),
+    route("GET", "/openapi.yaml", |_, request, _| Ok(docs::openapi_yaml(request))),
+    route("GET", "/openapi.json", |_, request, _| Ok(docs::openapi_json(request))),
+    route("GET", "/docs", |_, request, _| Ok(docs::page(request))),
+    route("GET", "/docs/{asset}", asset),
+];
+
+/// Anything under `/api/movies`: inventory knows which of it there is.
+fn movies(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
+    app.inventory.forward(request)
+}
+
+/// `POST /api/billing`
+fn place_order(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
+    let key = match http::single_header(request, "Idempotency-Key")? {
+        Some(header) => Some(order::idempotency_key(header)?),
+        None => None,
+    };
+    let order = Order::parse(&http::json_text(request)?)?;
+    let id = order.message_id(key.as_deref());
+    app.publisher.publish(&id, order.body)?;
+    Ok(http::ok(&json!({ "message": "Message posted", "id": id })))
+}
+
+/// `GET /docs/{asset}`
+fn asset(_: &App, request: &Request, params: &Params<'_>) -> Result<Response, Problem> {
+    let found = params.first().and_then(|name| docs::asset(name, request));
+    found.ok_or_else(|| Problem::not_found("there is nothing at this path"))
+}

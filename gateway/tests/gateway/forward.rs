@@ -1,0 +1,308 @@
+//! Forwarding, with an inventory that misbehaves as no real one would on demand.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::harness::{Service, Stack, agent, raw};
+use chassis::testing::eventually;
+
+/// Stands where inventory would: hands every request it reads to `answer`, which
+/// writes what it likes; `false` ends the connection.
+struct Upstream {
+    requests: Arc<Mutex<Vec<String>>>,
+}
+
+impl Upstream {
+    fn start<F>(stack: &Stack, answer: F) -> Upstream
+    where
+        F: Fn(&mut TcpStream, &str) -> bool + Send + Sync + 'static,
+    {
+        let listener = TcpListener::bind((stack.address, 8080)).unwrap();
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let (seen, answer) = (Arc::clone(&requests), Arc::new(answer));
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
+                thread::spawn(move || {
+                    let mut stream = stream.unwrap();
+                    while let Some(request) = read_request(&mut stream) {
+                        // Readiness is asked too; it is no concern of these tests.
+                        if !request.starts_with("GET /health") {
+                            seen.lock().unwrap().push(request.clone());
+                        }
+                        if !answer(&mut stream, &request) {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        Upstream { requests }
+    }
+
+    fn seen(&self) -> Vec<String> {
+        self.requests.lock().unwrap().clone()
+    }
+}
+
+fn read_request(stream: &mut TcpStream) -> Option<String> {
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while !bytes.ends_with(b"\r\n\r\n") {
+        if stream.read(&mut byte).ok()? == 0 {
+            return None;
+        }
+        bytes.push(byte[0]);
+    }
+    let head = String::from_utf8(bytes).unwrap();
+    let length = head.to_ascii_lowercase();
+    let length = length.lines().find_map(|line| line.strip_prefix("content-length: "));
+    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+    stream.read_exact(&mut body).ok()?;
+    Some(head + &String::from_utf8(body).unwrap())
+}
+
+fn ok(stream: &mut TcpStream, _: &str) -> bool {
+    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").is_ok()
+}
+
+/// A gateway that forwards to an address where a test puts what it wants.
+fn gateway(adjust: impl Fn(&mut Stack)) -> (Stack, Service) {
+    let mut stack = Stack::new();
+    // Nobody is there: these tests need no broker.
+    stack.set("RABBITMQ_HOST", stack.address);
+    stack.set("GATEWAY_FORWARD_TIMEOUT_MS", 500);
+    stack.set("GATEWAY_FORWARD_BODY_TIMEOUT_MS", 500);
+    adjust(&mut stack);
+    let service = stack.start_and_wait("gateway");
+    (stack, service)
+}
+
+fn status_of(answer: &str) -> &str {
+    answer.get(9..12).unwrap_or(answer)
+}
+
+#[test]
+fn a_request_goes_on_as_it_came_less_what_concerns_one_connection() {
+    let (stack, _gateway) = gateway(|_| ());
+    let upstream = Upstream::start(&stack, ok);
+    let sent = "PUT /api/movies/a%2Fb//../ü?q=%41&q=\\ HTTP/1.1\r\nHost: store.example\r\n\
+        X-Twice: 1\r\nX-Twice: 2\r\nIf-Match: \"7\"\r\nX-Request-Id: my-id\r\nKeep-Alive: 5\r\n\
+        Connection: close, X-Hop\r\nX-Hop: secret\r\nX-Forwarded-For: 10.9.8.7\r\n\
+        Content-Length: 5\r\n\r\n{ü}!";
+    let answer = raw(stack.address, sent);
+    assert_eq!(status_of(&answer), "200", "{answer}");
+    let seen = upstream.seen().remove(0);
+    assert!(seen.starts_with("PUT /api/movies/a%2Fb//../ü?q=%41&q=\\ HTTP/1.1\r\n"), "{seen}");
+    assert!(seen.ends_with("\r\n\r\n{ü}!"), "{seen}");
+    let lower = seen.to_ascii_lowercase();
+    for there in [
+        "x-twice: 1\r\n",
+        "x-twice: 2\r\n",
+        "if-match: \"7\"\r\n",
+        "x-request-id: my-id\r\n",
+        "x-forwarded-for: 10.9.8.7, 127.",
+        "x-forwarded-proto: http\r\n",
+        "x-forwarded-host: store.example\r\n",
+    ] {
+        assert!(lower.contains(there), "{there} is not in {lower}");
+    }
+    for gone in ["x-hop", "keep-alive", "connection", "user-agent", "accept"] {
+        assert!(!lower.contains(&format!("\n{gone}:")), "{gone} is in {lower}");
+    }
+}
+
+#[test]
+fn a_head_and_a_body_as_large_as_they_may_be_go_through() {
+    let (stack, _gateway) = gateway(|_| ());
+    let upstream = Upstream::start(&stack, ok);
+    let (header, body) = ("x".repeat(15 << 10), "y".repeat(256 << 10));
+    let sent = format!(
+        "POST /api/movies HTTP/1.1\r\nHost: h\r\nX-Long: {header}\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let answer = raw(stack.address, &sent);
+    assert_eq!(status_of(&answer), "200", "{answer}");
+    let seen = upstream.seen().remove(0);
+    assert!(seen.contains(&header) && seen.ends_with(&body));
+}
+
+#[test]
+fn an_answer_comes_back_as_it_is() {
+    let (stack, _gateway) = gateway(|_| ());
+    Upstream::start(&stack, |stream, _| {
+        let answer = "HTTP/1.1 418 Teapot\r\nX-A: 1\r\nX-A: 2\r\nDate: then\r\nX-Request-Id: theirs\r\n\
+            Location: /api/movies/1\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
+        stream.write_all(answer.as_bytes()).is_ok()
+    });
+    let answer = raw(stack.address, "GET /api/movies HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert_eq!(status_of(&answer), "418", "{answer}");
+    let lower = answer.to_ascii_lowercase();
+    for there in
+        ["x-a: 1\r\n", "x-a: 2\r\n", "location: /api/movies/1\r\n", "content-length: 3\r\n"]
+    {
+        assert!(lower.contains(there), "{there} is not in {lower}");
+    }
+    assert_eq!(lower.matches("\ndate:").count(), 1, "{lower}");
+    assert_eq!(lower.matches("\nx-request-id:").count(), 1, "{lower}");
+    assert!(answer.ends_with("\r\n\r\nabc"), "{answer}");
+}
+
+#[test]
+fn head_keeps_the_length_that_a_get_would_have() {
+    let (stack, _gateway) = gateway(|_| ());
+    Upstream::start(&stack, |stream, _| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n").is_ok()
+    });
+    let answer = raw(stack.address, "HEAD /api/movies HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert!(answer.contains("Content-Length: 1234\r\n"), "{answer}");
+    assert!(answer.ends_with("\r\n\r\n"), "{answer}");
+}
+
+#[test]
+fn bodies_on_get_and_delete_are_passed_on_too() {
+    let (stack, _gateway) = gateway(|_| ());
+    let upstream = Upstream::start(&stack, ok);
+    for method in ["GET", "DELETE"] {
+        let sent =
+            format!("{method} /api/movies HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n{{}}");
+        assert_eq!(status_of(&raw(stack.address, &sent)), "200");
+        assert!(upstream.seen().last().unwrap().ends_with("\r\n\r\n{}"));
+    }
+}
+
+#[test]
+fn an_inventory_that_is_away_late_or_mad_is_a_problem_of_its_own_kind() {
+    let (stack, _gateway) = gateway(|_| ());
+    let get = |path: &str| raw(stack.address, &format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n"));
+    assert_eq!(status_of(&get("/api/movies")), "503", "nobody listens");
+
+    Upstream::start(&stack, |stream, request| {
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        let (answer, stalls): (&[u8], bool) = match path {
+            "/api/movies/silent" => (b"", true),
+            "/api/movies/slow-body" => (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", true),
+            "/api/movies/garbage" => (b"%&/()=\r\n\r\n", false),
+            "/api/movies/two-lengths" => {
+                (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", false)
+            }
+            "/api/movies/short" => (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", false),
+            "/api/movies/torn" => {
+                (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nabc", false)
+            }
+            _ => (b"", false),
+        };
+        let _ = stream.write_all(answer);
+        if stalls {
+            // Until the gateway has had enough.
+            let _ = stream.read(&mut [0]);
+        }
+        false
+    });
+    for (case, status) in [
+        ("silent", "504"),
+        ("slow-body", "504"),
+        ("garbage", "502"),
+        ("short", "502"),
+        ("torn", "502"),
+        ("hangs-up", "503"),
+    ] {
+        let begun = Instant::now();
+        let answer = get(&format!("/api/movies/{case}"));
+        assert_eq!(status_of(&answer), status, "{case}: {answer}");
+        assert!(answer.contains("application/problem+json"), "{case}: {answer}");
+        assert!(begun.elapsed() < Duration::from_secs(5), "{case} took {:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn a_get_whose_connection_died_is_asked_once_more_and_a_post_never() {
+    let (stack, _gateway) = gateway(|_| ());
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let upstream = Upstream::start(&stack, move |stream, request| {
+        // Every odd question is read and left without an answer.
+        let health = request.starts_with("GET /health");
+        (health || count.fetch_add(1, Ordering::SeqCst) % 2 == 1) && ok(stream, request)
+    });
+    let answer = raw(stack.address, "GET /api/movies HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert_eq!(status_of(&answer), "200", "{answer}");
+    assert_eq!(upstream.seen().len(), 2);
+    let post = "POST /api/movies HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n{}";
+    let answer = raw(stack.address, post);
+    assert_eq!(status_of(&answer), "503", "{answer}");
+    assert_eq!(upstream.seen().len(), 3, "the POST was sent again");
+}
+
+#[test]
+fn a_slow_inventory_does_not_take_the_threads_that_others_need() {
+    let (stack, _gateway) = gateway(|stack| {
+        stack.set("GATEWAY_FORWARD_TIMEOUT_MS", 30_000);
+        stack.set("GATEWAY_FORWARD_MAX_IN_FLIGHT", 4);
+        stack.set("GATEWAY_HTTP_THREADS", 8);
+    });
+    let upstream = Upstream::start(&stack, |stream, _| {
+        let _ = stream.read(&mut [0]);
+        false
+    });
+    let waiting: Vec<TcpStream> = (0..4)
+        .map(|_| {
+            let mut stream = TcpStream::connect((stack.address, 3000)).unwrap();
+            stream.write_all(b"GET /api/movies HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
+            stream
+        })
+        .collect();
+    eventually("four wait", 10, || (upstream.seen().len() == 4).then_some(()));
+    let begun = Instant::now();
+    let refused = raw(stack.address, "GET /api/movies HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert_eq!(status_of(&refused), "503", "{refused}");
+    assert!(refused.contains("Retry-After: 1"), "{refused}");
+    let health = raw(stack.address, "GET /health HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert_eq!(status_of(&health), "200", "{health}");
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    drop(waiting);
+}
+
+#[test]
+fn a_large_answer_streams_through_and_one_that_breaks_off_stays_broken() {
+    const SIZE: usize = 40 << 20;
+    let (stack, gateway) = gateway(|stack| {
+        stack.set("GATEWAY_FORWARD_BODY_TIMEOUT_MS", 30_000);
+    });
+    Upstream::start(&stack, |stream, request| {
+        let torn = request.contains("torn");
+        let _ = write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {SIZE}\r\n\r\n");
+        let piece = vec![b'x'; 1 << 20];
+        for _ in 0..if torn { 20 } else { SIZE >> 20 } {
+            let _ = stream.write_all(&piece);
+        }
+        !torn
+    });
+    let mut answer = agent().get(stack.url("/api/movies")).call().unwrap();
+    let mut reader = answer.body_mut().as_reader();
+    let (mut total, mut peak) = (0, 0);
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match reader.read(&mut buffer).unwrap() {
+            0 => break,
+            read => total += read,
+        }
+        peak = peak.max(resident_kb(gateway.child.id()));
+    }
+    assert_eq!(total, SIZE);
+    assert!(peak < 40 << 10, "the gateway took {peak} kB for an answer of {SIZE} bytes");
+
+    let mut torn = agent().get(stack.url("/api/movies/torn")).call().unwrap();
+    assert!(torn.body_mut().as_reader().read_to_end(&mut Vec::new()).is_err());
+}
+
+/// Memory in use, as the kernel counts it.
+fn resident_kb(process: u32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}

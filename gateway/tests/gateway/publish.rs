@@ -1,0 +1,263 @@
+//! Orders at the door and on the queue, with a real broker.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use chassis::testing::{TestVhost, eventually, management, var};
+use serde_json::{Value, json};
+
+use crate::harness::{Service, Stack, agent, post};
+
+const ORDER: &str = r#"{ "user_id": "20", "number_of_items": 99, "total_amount": 29.90 }"#;
+
+/// A gateway with a virtual host of its own, ready to publish.
+fn gateway() -> (Stack, Service, TestVhost) {
+    let vhost = TestVhost::new();
+    let mut stack = Stack::new();
+    stack.set("RABBITMQ_VHOST", &vhost.name);
+    // Nobody consumes: what is published can be looked at.
+    let service = stack.start_and_wait("gateway");
+    connected(&stack);
+    (stack, service, vhost)
+}
+
+fn connected(stack: &Stack) {
+    let url = stack.url("/health/ready");
+    eventually("the gateway is connected to the broker", 20, || {
+        let text = agent().get(&url).call().ok()?.body_mut().read_to_string().ok()?;
+        let ready: Value = serde_json::from_str(&text).ok()?;
+        (ready["checks"][1]["status"] == "ok").then_some(())
+    });
+}
+
+/// Takes the messages off the queue.
+fn queued(vhost: &TestVhost) -> Vec<Value> {
+    let path = format!("queues/{}/{}/get", vhost.name, var("RABBITMQ_QUEUE"));
+    let ask = json!({ "count": 1000, "ackmode": "ack_requeue_false", "encoding": "auto" });
+    management("POST", &path, Some(ask)).as_array().cloned().unwrap_or_default()
+}
+
+#[test]
+fn a_200_means_one_persistent_message_with_all_its_properties() {
+    let (stack, _gateway, vhost) = gateway();
+    for path in ["/api/billing", "/api/billing/"] {
+        let (status, told) = post(&agent(), &stack.url(path), ORDER).unwrap();
+        assert_eq!((status, &told["message"]), (200, &json!("Message posted")));
+        let messages = queued(&vhost);
+        assert_eq!(messages.len(), 1);
+        let (message, properties) = (&messages[0], &messages[0]["properties"]);
+        assert_eq!(
+            message["payload"],
+            r#"{"user_id":"20","number_of_items":99,"total_amount":29.90}"#
+        );
+        assert_eq!(properties["message_id"], told["id"]);
+        assert_eq!(properties["delivery_mode"], 2);
+        assert_eq!(properties["content_type"], "application/json");
+        assert_eq!(properties["app_id"], "gateway");
+        assert!(properties["timestamp"].as_u64().unwrap() > 1_700_000_000);
+    }
+}
+
+#[test]
+fn a_repeat_with_the_same_key_has_the_same_message_id() {
+    let (stack, _gateway, _vhost) = gateway();
+    let id = |key: &str, body: &str| {
+        let mut answer = agent()
+            .post(stack.url("/api/billing"))
+            .content_type("application/json")
+            .header("Idempotency-Key", key)
+            .send(body)
+            .unwrap();
+        let text = answer.body_mut().read_to_string().unwrap();
+        let told: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(answer.status(), 200, "{told}");
+        told["id"].clone()
+    };
+    let first = id("\"k-1\"", ORDER);
+    assert_eq!(id("k-1", ORDER), first);
+    assert_ne!(id("k-2", ORDER), first);
+    assert_ne!(id("k-1", &ORDER.replace("20", "21")), first);
+}
+
+#[test]
+fn what_billing_would_refuse_is_refused_at_the_door_and_nothing_is_queued() {
+    let (stack, _gateway, vhost) = gateway();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../billing/messages");
+    let mut seen = [0, 0];
+    let mut files: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
+    files.sort();
+    for file in files {
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        let body = fs::read_to_string(&file).unwrap();
+        let refused = name.starts_with("refused");
+        let (status, told) = post(&agent(), &stack.url("/api/billing"), &body).unwrap();
+        if refused {
+            assert!([400, 422].contains(&status), "{name}: {status} {told}");
+            assert_eq!(told["detail"], told["error"], "{name}");
+        } else {
+            assert_eq!(status, 200, "{name}: {told}");
+        }
+        assert_eq!(queued(&vhost).len(), usize::from(!refused), "{name}");
+        seen[usize::from(refused)] += 1;
+    }
+    assert!(seen[0] > 1 && seen[1] > 1, "examples found: {seen:?}");
+}
+
+#[test]
+fn a_body_of_another_type_is_a_415_with_a_hint_and_none_is_taken_as_json() {
+    let (stack, _gateway, _vhost) = gateway();
+    let send = |kind: Option<&str>| {
+        let header = kind.map(|kind| format!("Content-Type: {kind}\r\n")).unwrap_or_default();
+        let length = ORDER.len();
+        crate::harness::raw(
+            stack.address,
+            &format!(
+                "POST /api/billing HTTP/1.1\r\nHost: h\r\n{header}Content-Length: {length}\r\n\r\n{ORDER}"
+            ),
+        )
+    };
+    for kind in [None, Some("application/json; charset=utf-8"), Some("application/vnd.a+json")] {
+        assert!(send(kind).starts_with("HTTP/1.1 200"), "{kind:?}");
+    }
+    let refused = send(Some("application/x-www-form-urlencoded"));
+    assert!(
+        refused.starts_with("HTTP/1.1 415") && refused.contains("Content-Type: application/json")
+    );
+}
+
+#[test]
+fn a_header_that_could_mean_two_things_is_refused() {
+    let (stack, _gateway, vhost) = gateway();
+    for (first, second) in [
+        ("Idempotency-Key: a", "Idempotency-Key: b"),
+        ("Content-Type: application/json", "Content-Type: text/plain"),
+    ] {
+        let length = ORDER.len();
+        let answer = crate::harness::raw(
+            stack.address,
+            &format!(
+                "POST /api/billing HTTP/1.1\r\nHost: h\r\n{first}\r\n{second}\r\nContent-Length: {length}\r\n\r\n{ORDER}"
+            ),
+        );
+        assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("is repeated"), "{answer}");
+    }
+    assert!(queued(&vhost).is_empty());
+}
+
+#[test]
+fn while_the_broker_is_away_an_order_is_a_503_at_once_and_later_a_200_again() {
+    let vhost = TestVhost::new();
+    let mut stack = Stack::new();
+    stack.set("RABBITMQ_VHOST", "not-yet");
+    let mut gateway = stack.start_and_wait("gateway");
+    let begun = Instant::now();
+    let (status, told) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
+    assert_eq!(status, 503, "{told}");
+    assert_eq!(told["detail"], "the message broker is not available");
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    assert!(gateway.child.try_wait().unwrap().is_none(), "{}", gateway.log());
+    drop(gateway);
+
+    stack.set("RABBITMQ_VHOST", &vhost.name);
+    gateway = stack.start_and_wait("gateway");
+    connected(&stack);
+    let (status, _) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
+    assert_eq!(status, 200, "{}", gateway.log());
+}
+
+#[test]
+fn connections_cut_by_the_broker_under_load_lose_no_confirmed_order() {
+    let (stack, _gateway, vhost) = gateway();
+    let ending = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..4)
+        .map(|client| {
+            let (url, ending) = (stack.url("/api/billing"), Arc::clone(&ending));
+            thread::spawn(move || {
+                let (agent, mut confirmed) = (agent(), Vec::new());
+                let mut refused = 0;
+                for order in 0.. {
+                    if ending.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    let user = format!("{client}-{order}");
+                    let body =
+                        format!(r#"{{"user_id":"{user}","number_of_items":1,"total_amount":1}}"#);
+                    match post(&agent, &url, &body).unwrap() {
+                        (200, _) => confirmed.push(user),
+                        (503, told) => {
+                            assert_eq!(told["status"], 503, "{told}");
+                            refused += 1;
+                        }
+                        (status, told) => panic!("{status}: {told}"),
+                    }
+                }
+                (confirmed, refused)
+            })
+        })
+        .collect();
+    let mut cut = 0;
+    // The broker lists a new connection some seconds late.
+    eventually("three connections are cut", 60, || {
+        let connections = management("GET", &format!("vhosts/{}/connections", vhost.name), None);
+        for connection in connections.as_array().into_iter().flatten() {
+            let name = connection["name"].as_str().unwrap().replace(' ', "%20").replace('>', "%3E");
+            management("DELETE", &format!("connections/{name}"), None);
+            cut += 1;
+        }
+        thread::park_timeout(Duration::from_millis(200));
+        (cut >= 3).then_some(())
+    });
+    connected(&stack);
+    ending.store(true, Ordering::SeqCst);
+    let mut confirmed = Vec::new();
+    for client in clients {
+        confirmed.extend(client.join().unwrap().0);
+    }
+    assert!(confirmed.len() > 10, "confirmed {}", confirmed.len());
+    let found: Vec<String> =
+        std::iter::from_fn(|| Some(queued(&vhost)).filter(|some| !some.is_empty()))
+            .flatten()
+            .map(|message| {
+                let body: Value =
+                    serde_json::from_str(message["payload"].as_str().unwrap()).unwrap();
+                body["user_id"].as_str().unwrap().to_owned()
+            })
+            .collect();
+    for user in &confirmed {
+        let times = found.iter().filter(|found| *found == user).count();
+        assert_eq!(times, 1, "{user}");
+    }
+}
+
+#[test]
+fn a_deleted_queue_costs_a_503_and_is_declared_anew() {
+    let (stack, gateway, vhost) = gateway();
+    management("DELETE", &format!("queues/{}/{}", vhost.name, var("RABBITMQ_QUEUE")), None);
+    let (status, told) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
+    assert_eq!(status, 503, "an order that no queue took: {told}");
+    eventually("orders are taken again", 10, || {
+        let (status, _) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
+        (status == 200).then_some(())
+    });
+    assert!(!queued(&vhost).is_empty(), "{}", gateway.log());
+}
+
+#[test]
+fn two_hundred_clients_at_once_are_all_confirmed() {
+    let (stack, _gateway, vhost) = gateway();
+    let clients: Vec<_> = (0..200)
+        .map(|_| {
+            let url = stack.url("/api/billing");
+            thread::spawn(move || post(&agent(), &url, ORDER).unwrap().0)
+        })
+        .collect();
+    for client in clients {
+        assert_eq!(client.join().unwrap(), 200);
+    }
+    assert_eq!(queued(&vhost).len(), 200);
+}
