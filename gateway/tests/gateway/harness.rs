@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, Stdio};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::Duration;
 
 use chassis::testing::eventually;
@@ -52,16 +52,23 @@ impl Stack {
         format!("http://{}:3000{path}", self.address)
     }
 
-    /// Starts a service's binary; its log goes to a file that a failing test can show.
+    /// Starts a service's binary.
     pub(crate) fn start(&self, service: &str) -> Service {
-        let path = Path::new(env!("CARGO_BIN_EXE_gateway")).with_file_name(service);
+        let folder = std::env::var_os("MATINEE_BIN_DIR").map(PathBuf::from);
+        let folder = folder.as_deref().or(Path::new(env!("CARGO_BIN_EXE_gateway")).parent());
+        let path = folder.unwrap_or(Path::new("")).join(service);
         assert!(path.exists(), "{} is missing: cargo build --workspace", path.display());
-        static NEXT: AtomicU8 = AtomicU8::new(0);
+        self.launch(service, Command::new(path))
+    }
+
+    /// Starts a program in a service's place; its log goes to a file that a failing test can show.
+    pub(crate) fn launch(&self, service: &str, mut command: Command) -> Service {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::SeqCst);
         let log = format!("matinee-{}-{service}-{number}.log", self.address);
         let log = std::env::temp_dir().join(log);
         let file = File::options().create(true).append(true).open(&log).unwrap();
-        let child = Command::new(path)
+        let child = command
             .envs(&self.env)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -74,12 +81,7 @@ impl Stack {
     /// Starts a service and waits until it answers on its port.
     pub(crate) fn start_and_wait(&self, service: &str) -> Service {
         let mut started = self.start(service);
-        let port = match service {
-            "gateway" => 3000,
-            "inventory" => 8080,
-            _ => 8081,
-        };
-        let url = format!("http://{}:{port}/health", self.address);
+        let url = self.health_url(service);
         eventually(format!("{service} answers"), 20, || {
             assert!(started.child.try_wait().unwrap().is_none(), "{service}: {}", started.log());
             agent().get(&url).call().ok()
@@ -87,12 +89,14 @@ impl Stack {
         started
     }
 
-    /// Waits until the gateway says that all it needs is there.
-    pub(crate) fn wait_until_ready(&self) {
-        let url = self.url("/health/ready");
-        eventually("the gateway is ready", 30, || {
-            agent().get(&url).call().ok().filter(|answer| answer.status() == 200)
-        });
+    /// Where a service says that it lives.
+    pub(crate) fn health_url(&self, service: &str) -> String {
+        let port = match service {
+            "gateway" => 3000,
+            "inventory" => 8080,
+            _ => 8081,
+        };
+        format!("http://{}:{port}/health", self.address)
     }
 }
 

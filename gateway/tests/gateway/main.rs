@@ -1,6 +1,5 @@
 //! The gateway from outside: alone, with the broker, and in front of the whole system.
 
-mod faults;
 mod forward;
 mod harness;
 mod publish;

@@ -1,0 +1,230 @@
+//! Clients that post distinct things and write down what they were told, and the
+//! comparison of that with the tables.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use chassis::testing::eventually;
+use serde_json::json;
+
+use crate::Outcome;
+use crate::harness::agent;
+use crate::platform::Platform;
+
+/// How soon all must be well again once a fault is over, in seconds.
+pub(crate) const RECOVERY: u64 = 30;
+
+/// What has not come so long after the last that came is lost.
+const STILL: Duration = Duration::from_secs(5);
+
+/// How long after an error a client waits before its next request.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// What clients post.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum What {
+    Orders,
+    Movies,
+    /// Orders with an `Idempotency-Key` each, repeated until they are acknowledged.
+    StubbornOrders,
+    /// The same without the key: the control.
+    StubbornOrdersWithoutKey,
+}
+
+/// Clients at work; they stop when this is dropped.
+pub(crate) struct Load {
+    what: What,
+    tag: String,
+    shared: Arc<Shared>,
+    clients: Vec<thread::JoinHandle<()>>,
+}
+
+struct Shared {
+    ending: AtomicBool,
+    /// How many things may still be sent.
+    left: AtomicUsize,
+    ledger: Mutex<Ledger>,
+}
+
+/// What each thing was told.
+#[derive(Default)]
+pub(crate) struct Ledger {
+    /// 2xx: must be there exactly once.
+    acknowledged: HashSet<String>,
+    /// Refused, or without an answer: may be there once, or not.
+    open: HashSet<String>,
+    last: Option<Instant>,
+    worst_pause: Duration,
+    /// Answers that no client should ever see.
+    wrong: Vec<String>,
+}
+
+impl Load {
+    /// Starts `clients` that post without end.
+    pub(crate) fn start(platform: &Platform, what: What, tag: &str, clients: usize) -> Load {
+        Load::start_limited(platform, what, tag, clients, usize::MAX)
+    }
+
+    /// Starts `clients` that post `limit` things together.
+    pub(crate) fn start_limited(
+        platform: &Platform,
+        what: What,
+        tag: &str,
+        clients: usize,
+        limit: usize,
+    ) -> Load {
+        let shared = Arc::new(Shared {
+            ending: AtomicBool::new(false),
+            left: AtomicUsize::new(limit),
+            ledger: Mutex::new(Ledger::default()),
+        });
+        let url = platform.stack.url(match what {
+            What::Movies => "/api/movies",
+            _ => "/api/billing",
+        });
+        let clients = (0..clients).map(|client| {
+            let (shared, url, name) = (Arc::clone(&shared), url.clone(), format!("{tag}/{client}"));
+            thread::spawn(move || shared.post(what, &url, &name))
+        });
+        Load { what, tag: tag.to_owned(), clients: clients.collect(), shared }
+    }
+
+    /// How many things were acknowledged until now.
+    pub(crate) fn acknowledged(&self) -> usize {
+        self.shared.ledger().acknowledged.len()
+    }
+
+    /// Waits until the clients are told again that things are done.
+    pub(crate) fn flows_again_after(&self, fault: &str) {
+        let before = self.acknowledged();
+        eventually(format!("requests succeed again after {fault}"), RECOVERY, || {
+            (self.acknowledged() > before + 5 || self.is_over()).then_some(())
+        });
+    }
+
+    /// Whether a limited load has sent all it had.
+    pub(crate) fn is_over(&self) -> bool {
+        self.clients.iter().all(thread::JoinHandle::is_finished)
+    }
+
+    /// Waits until a limited load has sent all it had.
+    pub(crate) fn await_end(&self, seconds: u64) {
+        eventually("all is sent", seconds, || self.is_over().then_some(()));
+    }
+
+    /// Ends the clients and holds what they were told against the tables, into `outcome`.
+    ///
+    /// Acknowledged means: there exactly once. Refused or unknown: at most once. And
+    /// nothing is there that was never sent.
+    pub(crate) fn settle(mut self, platform: &Platform, outcome: &mut Outcome) {
+        self.end();
+        let ledger = std::mem::take(&mut *self.shared.ledger());
+        let look = || match self.what {
+            What::Movies => platform.movies(&self.tag),
+            _ => platform.orders(&self.tag),
+        };
+        let missing = |found: &HashMap<String, usize>| {
+            ledger.acknowledged.iter().filter(|id| !found.contains_key(*id)).count()
+        };
+        // What is late is not lost: billing may still be at it. And a double would come
+        // with the last redeliveries.
+        if self.what != What::Movies {
+            platform.await_empty_queue();
+        }
+        let mut found = look();
+        let mut changed = Instant::now();
+        while missing(&found) > 0 && changed.elapsed() < STILL {
+            thread::park_timeout(Duration::from_millis(50));
+            let now = look();
+            if now.len() != found.len() {
+                changed = Instant::now();
+            }
+            found = now;
+        }
+        outcome.acknowledged += ledger.acknowledged.len();
+        outcome.found += found.len();
+        outcome.lost += missing(&found);
+        outcome.double += found.values().filter(|times| **times > 1).count();
+        let known = |id: &String| ledger.acknowledged.contains(id) || ledger.open.contains(id);
+        for stranger in found.keys().filter(|id| !known(id)).take(3) {
+            outcome.wrong.push(format!("{stranger} is there and was never sent"));
+        }
+        outcome.worst_pause = outcome.worst_pause.max(ledger.worst_pause);
+        outcome.wrong.extend(ledger.wrong);
+    }
+
+    fn end(&mut self) {
+        self.shared.ending.store(true, Ordering::SeqCst);
+        for client in self.clients.drain(..) {
+            let _ = client.join();
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Posts things one after the other, until the end or the limit.
+    fn post(&self, what: What, url: &str, name: &str) {
+        let agent = agent();
+        let may_go_on = || !self.ending.load(Ordering::SeqCst);
+        let one_more = |left: usize| left.checked_sub(1);
+        for number in 0.. {
+            let more = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).is_ok();
+            if !more || !may_go_on() {
+                return;
+            }
+            let id = format!("{name}-{number}");
+            let stubborn = matches!(what, What::StubbornOrders | What::StubbornOrdersWithoutKey);
+            while !self.post_one(&agent, what, url, &id) && may_go_on() {
+                thread::park_timeout(PAUSE);
+                if !stubborn {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Posts one thing and writes down the answer; whether it is done.
+    fn post_one(&self, agent: &ureq::Agent, what: What, url: &str, id: &str) -> bool {
+        let (success, body) = match what {
+            What::Movies => (201, json!({ "title": id })),
+            _ => (200, json!({ "user_id": id, "number_of_items": 1, "total_amount": "1.25" })),
+        };
+        let mut request = agent.post(url).content_type("application/json");
+        if what == What::StubbornOrders {
+            request = request.header("Idempotency-Key", format!("\"{id}\""));
+        }
+        let answer = request.send(body.to_string()).and_then(|mut answer| {
+            Ok((answer.status().as_u16(), answer.body_mut().read_to_string()?))
+        });
+        let mut ledger = self.ledger();
+        match answer {
+            Ok((status, _)) if status == success => {
+                let now = Instant::now();
+                let pause = ledger.last.replace(now).map(|last| now - last).unwrap_or_default();
+                ledger.worst_pause = ledger.worst_pause.max(pause);
+                ledger.open.remove(id);
+                ledger.acknowledged.insert(id.to_owned());
+                return true;
+            }
+            Ok((503 | 504, told)) if told.contains("\"detail\":") => (),
+            Ok((status, told)) => ledger.wrong.push(format!("{id} was told {status} {told}")),
+            // The gateway itself was killed, or its connection cut.
+            Err(_) => (),
+        }
+        ledger.open.insert(id.to_owned());
+        false
+    }
+}

@@ -1,0 +1,239 @@
+//! The fault campaign: everything is killed, cut, starved, flooded and fed garbage under
+//! load, and what the clients were told is held against the tables.
+//!
+//! Each case runs twice: once on the real services, where nothing may be lost or done
+//! twice, and once with a protection taken away (its control), where the same check must
+//! find fault. A case whose control passes proves nothing, and fails.
+//!
+//! `provision/local faults --help` runs it on servers of its own.
+
+mod careless;
+mod delivery;
+// The other tests use the rest of it.
+#[allow(dead_code)]
+#[path = "../gateway/harness.rs"]
+mod harness;
+mod load;
+mod platform;
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime};
+
+use platform::Platform;
+
+/// Every case, in the order in which they run.
+const CASES: &[&[Case]] = &[delivery::CASES];
+
+const USAGE: &str = "\
+provision/local faults [CASE…] [--long] [--seed N] [--no-controls] [--list]
+
+  CASE           those whose name begins so; all of them otherwise
+  --long         more of everything: up to an hour
+  --seed N       the same random choices as the run that printed N
+  --no-controls  without the runs that must fail";
+
+/// One thing that is done to the platform, and what must hold.
+pub(crate) struct Case {
+    /// What it is called on the command line and in the table.
+    pub(crate) name: &'static str,
+    /// What is taken away in its control.
+    pub(crate) control: &'static str,
+    /// Whether the short form has it.
+    pub(crate) short: bool,
+    /// Does it.
+    pub(crate) run: fn(&mut Run<'_>) -> Outcome,
+}
+
+/// What a case is given.
+pub(crate) struct Run<'p> {
+    /// Servers and services: running, and those of `.env`, at the begin of each case.
+    pub(crate) platform: &'p mut Platform,
+    /// Whether there is time.
+    pub(crate) long: bool,
+    /// Whether the protection that `Case::control` names is to be taken away.
+    pub(crate) control: bool,
+    /// For every random choice.
+    pub(crate) random: fastrand::Rng,
+    /// A name that begins the ids of everything this run sends.
+    pub(crate) tag: String,
+}
+
+impl Run<'_> {
+    /// The first in the short form, the second in the long one.
+    pub(crate) fn either<T>(&self, short: T, long: T) -> T {
+        if self.long { long } else { short }
+    }
+}
+
+/// What came of a case; the ledger's part is filled by [`load::Ledger::settle`].
+#[derive(Default)]
+pub(crate) struct Outcome {
+    /// What was sent, for the table: "8 clients".
+    pub(crate) load: String,
+    /// How many faults were injected.
+    pub(crate) faults: usize,
+    /// What clients were told is done.
+    pub(crate) acknowledged: usize,
+    /// What of it, and of what was refused, is in the tables.
+    pub(crate) found: usize,
+    /// Acknowledged and not there.
+    pub(crate) lost: usize,
+    /// There more than once.
+    pub(crate) double: usize,
+    /// Longest time in which nobody was told that anything is done.
+    pub(crate) worst_pause: Duration,
+    /// Most resident memory of the three services together, in bytes.
+    pub(crate) peak_memory: u64,
+    /// Everything else that must not be.
+    pub(crate) wrong: Vec<String>,
+}
+
+impl Outcome {
+    fn is_clean(&self) -> bool {
+        self.lost == 0 && self.double == 0 && self.wrong.is_empty()
+    }
+
+    fn row(&self, name: &str) -> String {
+        format!(
+            "{name:<28} {:<24} {:>6} {:>12} {:>8} {:>5} {:>6} {:>8.1} s {:>7.1} MB",
+            self.load,
+            self.faults,
+            self.acknowledged,
+            self.found,
+            self.lost,
+            self.double,
+            self.worst_pause.as_secs_f64(),
+            self.peak_memory as f64 / 1e6,
+        )
+    }
+}
+
+struct Options {
+    cases: Vec<String>,
+    long: bool,
+    seed: u64,
+    controls: bool,
+}
+
+fn main() -> ExitCode {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == careless::ARGUMENT) {
+        return careless::run(&arguments.remove(1));
+    }
+    let options = match read_options(arguments) {
+        Ok(options) => options,
+        Err(code) => return code,
+    };
+    let chosen = CASES.iter().copied().flatten().filter(|case| {
+        let named = options.cases.iter().any(|name| case.name.starts_with(name.as_str()));
+        named || (options.cases.is_empty() && (case.short || options.long))
+    });
+    println!("seed {}", options.seed);
+    let mut platform = Platform::start();
+    let (mut rows, mut failed) = (Vec::new(), Vec::new());
+    for case in chosen {
+        let (row, faults) = run_case(case, &options, &mut platform);
+        rows.push(row);
+        if !faults.is_empty() {
+            failed.push(case.name);
+        }
+        for fault in faults {
+            println!("  FAULT {}: {fault}", case.name);
+        }
+    }
+    println!(
+        "\n{:<28} {:<24} {:>6} {:>12} {:>8} {:>5} {:>6} {:>10} {:>10}",
+        "case", "load", "faults", "acknowledged", "found", "lost", "double", "pause", "memory"
+    );
+    rows.iter().for_each(|row| println!("{row}"));
+    println!("{} cases, {} failed {failed:?}, seed {}", rows.len(), failed.len(), options.seed);
+    if failed.is_empty() && !rows.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn read_options(arguments: Vec<String>) -> Result<Options, ExitCode> {
+    let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let seed = u64::from(clock.subsec_nanos());
+    let mut options = Options { cases: Vec::new(), long: false, seed, controls: true };
+    let mut arguments = arguments.into_iter();
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--long" => options.long = true,
+            "--no-controls" => options.controls = false,
+            "--seed" => {
+                let seed = arguments.next().and_then(|seed| seed.parse().ok());
+                options.seed = seed.ok_or_else(|| complain("--seed wants a number"))?;
+            }
+            "--list" => {
+                for case in CASES.iter().copied().flatten() {
+                    let form = if case.short { "" } else { " (long form)" };
+                    println!("{:<28} control: {}{form}", case.name, case.control);
+                }
+                return Err(ExitCode::SUCCESS);
+            }
+            "--help" => {
+                println!("{USAGE}");
+                return Err(ExitCode::SUCCESS);
+            }
+            case if CASES.iter().copied().flatten().any(|known| known.name.starts_with(case)) => {
+                options.cases.push(argument);
+            }
+            unknown => return Err(complain(&format!("there is no case {unknown}"))),
+        }
+    }
+    Ok(options)
+}
+
+fn complain(what: &str) -> ExitCode {
+    eprintln!("{what}\n\n{USAGE}");
+    ExitCode::from(2)
+}
+
+/// Runs a case and its control; the row of the table, and what was not as it must be.
+fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String, Vec<String>) {
+    let mut once = |control: bool| {
+        let mut hasher = DefaultHasher::new();
+        (options.seed, case.name).hash(&mut hasher);
+        let tag = format!(
+            "{}{}-{}",
+            case.name,
+            if control { "-control" } else { "" },
+            hasher.finish() % 10_000
+        );
+        let random = fastrand::Rng::with_seed(hasher.finish());
+        let begun = Instant::now();
+        print!("{}{} … ", case.name, if control { " control" } else { "" });
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            platform.restore();
+            (case.run)(&mut Run {
+                platform: &mut *platform,
+                long: options.long,
+                control,
+                random,
+                tag,
+            })
+        }));
+        println!("{:.1} s", begun.elapsed().as_secs_f64());
+        outcome.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            let wrong = vec![text.unwrap_or("it panicked").to_owned()];
+            Outcome { wrong, ..Outcome::default() }
+        })
+    };
+    let outcome = once(false);
+    let mut faults = outcome.wrong.clone();
+    if outcome.lost > 0 || outcome.double > 0 {
+        faults.push(format!("{} lost, {} double", outcome.lost, outcome.double));
+    }
+    faults.truncate(10);
+    if options.controls && once(true).is_clean() {
+        faults.push(format!(
+            "the control found nothing, though this was taken away: {}",
+            case.control
+        ));
+    }
+    (outcome.row(case.name), faults)
+}
