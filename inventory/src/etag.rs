@@ -8,15 +8,15 @@ use rouille::Request;
 
 /// A list of tags, or "any".
 #[derive(Debug, PartialEq)]
-enum Tags<'h> {
+enum Tags {
     Any,
-    These(Vec<Tag<'h>>),
+    These(Vec<Tag>),
 }
 
 #[derive(Debug, PartialEq)]
-struct Tag<'h> {
+struct Tag {
     weak: bool,
-    text: &'h str,
+    text: String,
 }
 
 /// Whether `If-None-Match` names this version, so that a 304 will do. What cannot
@@ -30,19 +30,46 @@ pub(crate) fn is_known(request: &Request, version: &str) -> bool {
     }
 }
 
-/// The versions that `If-Match` allows to be changed; `None` when any will do.
-/// What cannot be understood is an error: changing anyway might overwrite.
-pub(crate) fn wanted(request: &Request) -> Result<Option<Vec<String>>, Problem> {
-    let Some(header) = header(request, "If-Match") else { return Ok(None) };
-    match parse(&header) {
-        Some(Tags::Any) => Ok(None),
-        // The strong comparison: a weak tag equals nothing.
-        Some(Tags::These(tags)) => {
-            let strong = tags.iter().filter(|tag| !tag.weak);
-            Ok(Some(strong.map(|tag| tag.text.to_owned()).collect()))
-        }
-        None => Err(Problem::malformed("If-Match must be * or a list of entity tags in quotes")),
+/// Which versions a request allows to be changed.
+#[derive(Debug, Default, PartialEq)]
+pub struct Condition {
+    /// Only these; `None` is any.
+    pub these: Option<Vec<String>>,
+    /// None of these.
+    pub not_these: Vec<String>,
+}
+
+impl Condition {
+    /// Whether it is none: any version will do.
+    pub fn is_empty(&self) -> bool {
+        self.these.is_none() && self.not_these.is_empty()
     }
+}
+
+/// What `If-Match` and `If-None-Match` demand of a change. What cannot be understood is
+/// an error: changing anyway might overwrite.
+pub(crate) fn condition(request: &Request) -> Result<Condition, Problem> {
+    let mut condition = Condition::default();
+    let tags = |name| match header(request, name) {
+        Some(header) => parse(&header).map(Some).ok_or_else(|| {
+            Problem::malformed(format!("{name} must be * or a list of entity tags in quotes"))
+        }),
+        None => Ok(None),
+    };
+    let texts = |tags: &[Tag]| tags.iter().map(|tag| tag.text.clone()).collect();
+    if let Some(Tags::These(mut tags)) = tags("If-Match")? {
+        // The strong comparison: a weak tag equals nothing.
+        tags.retain(|tag| !tag.weak);
+        condition.these = Some(texts(&tags));
+    }
+    match tags("If-None-Match")? {
+        // There must be none at all, and only what is there can be changed.
+        Some(Tags::Any) => condition.these = Some(Vec::new()),
+        // The weak comparison.
+        Some(Tags::These(tags)) => condition.not_these = texts(&tags),
+        None => (),
+    }
+    Ok(condition)
 }
 
 /// A header that may come in several lines, which mean the same as one list.
@@ -51,7 +78,7 @@ fn header(request: &Request, name: &str) -> Option<String> {
     lines.map(|(_, value)| value.to_owned()).reduce(|all, line| all + "," + &line)
 }
 
-fn parse(header: &str) -> Option<Tags<'_>> {
+fn parse(header: &str) -> Option<Tags> {
     if header.trim() == "*" {
         return Some(Tags::Any);
     }
@@ -69,7 +96,7 @@ fn parse(header: &str) -> Option<Tags<'_>> {
         if text.chars().any(|char| char <= ' ' || char == '\x7f') {
             return None;
         }
-        tags.push(Tag { weak, text });
+        tags.push(Tag { weak, text: text.to_owned() });
         rest = behind.trim_start_matches([' ', '\t']);
         if !rest.is_empty() && !rest.starts_with(',') {
             return None;
@@ -83,8 +110,8 @@ mod tests {
 
     #[test]
     fn a_list_of_tags_is_read_as_the_standard_says() {
-        let strong = |text| Tag { weak: false, text };
-        let weak = |text| Tag { weak: true, text };
+        let strong = |text| Tag { weak: false, text: String::from(text) };
+        let weak = |text| Tag { weak: true, text: String::from(text) };
         let these = |tags| Some(Tags::These(tags));
         for (header, tags) in [
             ("*", Some(Tags::Any)),

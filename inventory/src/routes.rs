@@ -35,7 +35,7 @@ fn add(app: &App, request: &Request, _: &Params) -> Result<Response, Problem> {
 
 fn delete_all(app: &App, request: &Request, _: &Params) -> Result<Response, Problem> {
     // The list has no tag, so a condition that names one does not hold.
-    if etag::wanted(request)?.is_some() {
+    if etag::condition(request)?.these.is_some() {
         return Err(Problem::new(412, "the list of all movies has no entity tag"));
     }
     let deleted = app.db.write(store::delete_all)?;
@@ -57,16 +57,16 @@ fn show(app: &App, request: &Request, params: &Params) -> Result<Response, Probl
 fn change(app: &App, request: &Request, params: &Params) -> Result<Response, Problem> {
     let id = id(params)?;
     let change = Change::from_json(&http::json_text(request)?)?;
-    let versions = etag::wanted(request)?;
-    let outcome = app.db.write(|db| store::change(db, id, &change, versions.as_deref()))?;
+    let condition = etag::condition(request)?;
+    let outcome = app.db.write(|db| store::change(db, id, &change, &condition))?;
     let changed = done(outcome)?;
     Ok(tagged(http::ok(&changed.movie), &changed))
 }
 
 fn delete(app: &App, request: &Request, params: &Params) -> Result<Response, Problem> {
     let id = id(params)?;
-    let versions = etag::wanted(request)?;
-    done(app.db.write(|db| store::delete(db, id, versions.as_deref()))?)?;
+    let condition = etag::condition(request)?;
+    done(app.db.write(|db| store::delete(db, id, &condition))?)?;
     Ok(http::ok(&Deleted { message: "Movie was deleted successfully.", id }))
 }
 

@@ -7,6 +7,7 @@ use chassis::db::Conn;
 use postgres::types::Type;
 use postgres::{Client, Error, Row, Statement};
 
+use crate::etag::Condition;
 use crate::movie::{Change, Movie, NewMovie};
 
 /// A pooled connection to the catalogue.
@@ -95,25 +96,27 @@ const CHANGE: &str = "
         set title = coalesce($2, title), description = coalesce($3, description)
         where id = $1
         and ($4::text[] is null or xmin::text = any($4))
+        and xmin::text <> all($5::text[])
         returning id, title, description, xmin::text as version
     )
     select asked.existed, changed.id, changed.title, changed.description, changed.version
     from (select exists (select from movies where id = $1) as existed) as asked
     left join changed on true";
 
-/// Changes the movie if it is in one of these versions; `None` takes any.
+/// Changes the movie if its version is one that the condition allows.
 pub fn change(
     db: &mut Db,
     id: i64,
     change: &Change,
-    versions: Option<&[String]>,
+    condition: &Condition,
 ) -> Result<Outcome<Versioned>, Error> {
-    let parameters: [&(dyn postgres::types::ToSql + Sync); 4] =
-        [&id, &change.title, &change.description, &versions];
+    let Condition { these, not_these } = condition;
+    let parameters: [&(dyn postgres::types::ToSql + Sync); 5] =
+        [&id, &change.title, &change.description, these, not_these];
     let row = db.client.query_one(&db.statements.change, &parameters)?;
     match row.try_get::<_, Option<i64>>("id")? {
         Some(_) => Ok(Outcome::Done(versioned(&row)?)),
-        None => not_done(&row, versions),
+        None => not_done(&row, condition),
     }
 }
 
@@ -122,23 +125,25 @@ const DELETE: &str = "
         delete from movies
         where id = $1
         and ($2::text[] is null or xmin::text = any($2))
+        and xmin::text <> all($3::text[])
         returning id
     )
     select
         exists (select from deleted) as done,
         exists (select from movies where id = $1) as existed";
 
-/// Deletes the movie if it is in one of these versions; `None` takes any.
-pub fn delete(db: &mut Db, id: i64, versions: Option<&[String]>) -> Result<Outcome<()>, Error> {
-    let row = db.client.query_one(&db.statements.delete, &[&id, &versions])?;
-    if row.try_get("done")? { Ok(Outcome::Done(())) } else { not_done(&row, versions) }
+/// Deletes the movie if its version is one that the condition allows.
+pub fn delete(db: &mut Db, id: i64, condition: &Condition) -> Result<Outcome<()>, Error> {
+    let Condition { these, not_these } = condition;
+    let row = db.client.query_one(&db.statements.delete, &[&id, these, not_these])?;
+    if row.try_get("done")? { Ok(Outcome::Done(())) } else { not_done(&row, condition) }
 }
 
 /// A change without a condition that found no row lost against a deletion, even
 /// if the movie was there when it began.
-fn not_done<T>(row: &Row, versions: Option<&[String]>) -> Result<Outcome<T>, Error> {
+fn not_done<T>(row: &Row, condition: &Condition) -> Result<Outcome<T>, Error> {
     let existed: bool = row.try_get("existed")?;
-    Ok(if existed && versions.is_some() { Outcome::Stale } else { Outcome::Missing })
+    Ok(if existed && !condition.is_empty() { Outcome::Stale } else { Outcome::Missing })
 }
 
 /// Deletes every movie, starts the ids again at 1, and tells how many there were.

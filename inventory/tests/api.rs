@@ -444,6 +444,36 @@ fn a_change_or_deletion_with_a_stale_tag_is_refused() {
 }
 
 #[test]
+fn a_change_or_deletion_may_demand_that_a_version_is_not_there() {
+    let (app, _db) = inventory();
+    let stale = post(&app, &json!({ "title": "a" })).etag().to_owned();
+    let current = put(&app, "/api/movies/1", &json!({ "title": "b" })).etag().to_owned();
+    let body = r#"{"title":"c"}"#;
+    let (weak, list) = (format!("W/{current}"), format!("{stale}, {current}"));
+    for (sent, status) in
+        [("*", 412), (current.as_str(), 412), (&weak, 412), (&list, 412), ("garbage", 400)]
+    {
+        for method in ["PUT", "DELETE"] {
+            let reply = ask(&app, method, "/api/movies/1", &[("If-None-Match", sent)], body);
+            assert_eq!(reply.status, status, "{method} {sent}: {}", reply.body);
+        }
+    }
+    // Both must hold.
+    let both = [("If-Match", current.as_str()), ("If-None-Match", "*")];
+    assert_eq!(ask(&app, "PUT", "/api/movies/1", &both, body).status, 412);
+    let all = ask(&app, "DELETE", "/api/movies", &[("If-None-Match", "*")], "");
+    assert_eq!(all.status, 412, "the list is there");
+    assert_eq!(get(&app, "/api/movies/1").json()["title"], "b");
+
+    let missing = ask(&app, "PUT", "/api/movies/2", &[("If-None-Match", "*")], body);
+    assert_eq!(missing.status, 404);
+    let changed = ask(&app, "PUT", "/api/movies/1", &[("If-None-Match", &stale)], body);
+    assert_eq!((changed.status, &changed.json()["title"]), (200, &json!("c")));
+    let deleted = ask(&app, "DELETE", "/api/movies/1", &[("If-None-Match", &current)], "");
+    assert_eq!(deleted.status, 200);
+}
+
+#[test]
 fn of_concurrent_changes_with_if_match_none_is_lost() {
     let (app, _db) = inventory();
     assert_eq!(post(&app, &json!({ "title": "0" })).status, 201);
