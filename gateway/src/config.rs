@@ -6,11 +6,19 @@ use std::time::Duration;
 use chassis::env::Env;
 use chassis::{broker, server};
 
+use crate::breaker;
+use crate::limit::Rate;
+use crate::proxies::Proxies;
+
 /// The gateway's settings; `.env` explains each.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Its own door.
     pub http: server::Config,
+    /// Whose word on where a request comes from is taken.
+    pub proxies: Proxies,
+    /// How often an address may ask; without it as often as it likes.
+    pub rate_limit: Option<Rate>,
     /// How it asks inventory.
     pub forward: Forward,
     /// How it publishes.
@@ -30,6 +38,8 @@ pub struct Forward {
     pub timeout: Duration,
     /// For each further piece of the answer.
     pub body_timeout: Duration,
+    /// When it is not asked for a while.
+    pub breaker: breaker::Settings,
 }
 
 /// How the gateway publishes.
@@ -48,14 +58,25 @@ pub struct Publish {
 impl Config {
     /// Reads them all.
     pub fn from_env(env: &mut Env) -> Config {
+        let connect_timeout = env.millis("GATEWAY_FORWARD_CONNECT_TIMEOUT_MS", 1000);
+        let timeout = env.millis("GATEWAY_FORWARD_TIMEOUT_MS", 5000);
         Config {
             http: server::Config::from_env(env, "GATEWAY"),
+            proxies: proxies(env),
+            rate_limit: rate_limit(env),
             forward: Forward {
                 inventory: env.host_port("INVENTORY_HOST", "INVENTORY_PORT"),
                 max_in_flight: env.number("GATEWAY_FORWARD_MAX_IN_FLIGHT", 192, 1..=10_000),
-                connect_timeout: env.millis("GATEWAY_FORWARD_CONNECT_TIMEOUT_MS", 1000),
-                timeout: env.millis("GATEWAY_FORWARD_TIMEOUT_MS", 5000),
+                connect_timeout,
+                timeout,
                 body_timeout: env.millis("GATEWAY_FORWARD_BODY_TIMEOUT_MS", 10_000),
+                breaker: breaker::Settings {
+                    failures: env.number("GATEWAY_BREAKER_FAILURES", 5, 0..=10_000),
+                    pause: env.millis("GATEWAY_BREAKER_PAUSE_MS", 500),
+                    max_pause: env.millis("GATEWAY_BREAKER_MAX_PAUSE_MS", 2000),
+                    // By then a request for something small has failed.
+                    trial: connect_timeout + timeout,
+                },
             },
             publish: Publish {
                 broker: broker::Config::from_env(env, "GATEWAY"),
@@ -65,4 +86,27 @@ impl Config {
             },
         }
     }
+}
+
+fn proxies(env: &mut Env) -> Proxies {
+    let name = "GATEWAY_TRUSTED_PROXIES";
+    let list = env.optional(name).unwrap_or_default();
+    Proxies::parse(&list).unwrap_or_else(|_| {
+        env.fault(&format!(
+            "{name} must be addresses or networks such as 10.0.0.0/8, separated by commas"
+        ));
+        Proxies::default()
+    })
+}
+
+fn rate_limit(env: &mut Env) -> Option<Rate> {
+    let name = "GATEWAY_RATE_LIMIT";
+    let text = env.optional(name).filter(|text| text != "0")?;
+    let rate = Rate::parse(&text);
+    if rate.is_none() {
+        env.fault(&format!(
+            "{name} must be REQUESTS/SECONDS, at most 1000000 and 86400, or 0 for no limit"
+        ));
+    }
+    rate
 }

@@ -1,9 +1,9 @@
 //! Forwarding to inventory: one agent with a pool of connections, a deadline for
-//! each phase, and a limit on how many requests may wait at once.
+//! each phase, a limit on how many requests may wait at once, and a breaker.
 
 use std::io::{Cursor, ErrorKind, Read};
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chassis::problem::Problem;
 use chassis::turns::{Turn, Turns};
@@ -13,8 +13,11 @@ use ureq::http::{Uri, request, response};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
+use crate::breaker::{Breaker, Permit};
 use crate::config::Forward;
+use crate::limit::seconds_up;
 use crate::metrics;
+use crate::proxies::{Proxies, lines};
 
 /// An answer up to this size is read whole before it is passed on, so that one
 /// that breaks off is a 502 and not a torn 200, and inventory's thread is free.
@@ -48,6 +51,8 @@ pub struct Inventory {
     agent: Agent,
     address: SocketAddr,
     turns: Turns,
+    breaker: Breaker,
+    proxies: Proxies,
 }
 
 /// The one address that was resolved at the start.
@@ -71,7 +76,7 @@ impl Resolver for Fixed {
 
 impl Inventory {
     /// Connects when it is first asked.
-    pub fn new(config: &Forward) -> Inventory {
+    pub fn new(config: &Forward, proxies: Proxies) -> Inventory {
         let settings = Agent::config_builder()
             .timeout_connect(Some(config.connect_timeout))
             .timeout_send_request(Some(config.timeout))
@@ -97,6 +102,8 @@ impl Inventory {
             agent: Agent::with_parts(settings, connector, Fixed(config.inventory)),
             address: config.inventory,
             turns: Turns::new(config.max_in_flight).shown_by(metrics::FORWARD_IN_FLIGHT.clone()),
+            breaker: Breaker::new("inventory", config.breaker.clone()),
+            proxies,
         }
     }
 
@@ -104,7 +111,23 @@ impl Inventory {
     pub fn forward(&self, request: &Request) -> Result<Response, Problem> {
         // Until the begin of the answer is there: what comes after is between inventory,
         // which has answered, and a client that may be slow.
-        let _turn = self.enter()?;
+        let (permit, _turn) = self.enter(request)?;
+        let answer = self.exchange(request);
+        let now = Instant::now();
+        match &answer {
+            // Any answer is one, a 503 too: inventory is there, says why, and would not
+            // be helped by being left alone. What it could not have said is ours:
+            Err(problem) if [502, 503, 504].contains(&problem.status()) => permit.failed(now),
+            // The client's mistake, and nothing was asked.
+            Err(_) => drop(permit),
+            Ok(_) => permit.succeeded(now),
+        }
+        answer
+    }
+
+    /// Asks and reads the begin of the answer; fails with what the client is told when
+    /// there is none.
+    fn exchange(&self, request: &Request) -> Result<Response, Problem> {
         let mut body = Vec::new();
         if let Some(mut data) = request.data() {
             data.read_to_end(&mut body).map_err(|err| Problem::internal().because(err))?;
@@ -161,19 +184,8 @@ impl Inventory {
         let uri = format!("http://{}{}", self.address, request.raw_url());
         let mut builder = request::Builder::new().method(request.method()).uri(uri);
         let headers = request.headers().map(|(name, value)| (name.to_owned(), value.to_owned()));
-        for (name, value) in keep(headers) {
-            if !name.to_ascii_lowercase().starts_with("x-forwarded-") {
-                builder = builder.header(name, value);
-            }
-        }
-        let peer = request.remote_addr().ip().to_string();
-        let route = match request.header("X-Forwarded-For") {
-            Some(before) => format!("{before}, {peer}"),
-            None => peer,
-        };
-        builder = builder.header("X-Forwarded-For", route).header("X-Forwarded-Proto", "http");
-        if let Some(host) = request.header("Host") {
-            builder = builder.header("X-Forwarded-Host", host);
+        for (name, value) in self.tell_the_way(request, keep(headers)) {
+            builder = builder.header(name, value);
         }
         let has_body = !body.is_empty() || ["POST", "PUT", "PATCH"].contains(&request.method());
         match has_body {
@@ -182,14 +194,52 @@ impl Inventory {
         }
     }
 
-    /// A place among the requests that wait for inventory. When all are taken and
-    /// inventory answers nobody, the next is refused at once: the other threads
+    /// Replaces what the headers say of the way that the request came. A trusted proxy's
+    /// word is kept and its address added; of anybody else only what is seen is told.
+    fn tell_the_way(
+        &self,
+        request: &Request,
+        mut headers: Vec<(String, String)>,
+    ) -> Vec<(String, String)> {
+        const OURS: [&str; 3] = ["X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host"];
+        let believed = self.proxies.vouch_for(request);
+        headers.retain(|(name, _)| {
+            let name = name.to_ascii_lowercase();
+            let of_the_way = name.starts_with("x-forwarded-")
+                || ["forwarded", "x-real-ip"].contains(&name.as_str());
+            let ours = OURS.iter().any(|ours| ours.eq_ignore_ascii_case(&name));
+            !ours && (believed || !of_the_way)
+        });
+        let said = |name| lines(request, name).filter(|_| believed);
+        let peer = request.remote_addr().ip().to_canonical().to_string();
+        let route: Vec<&str> = said(OURS[0]).chain([peer.as_str()]).collect();
+        // A proxy that adds a line instead of replacing it has the last word.
+        let proto = said(OURS[1]).last().unwrap_or("http");
+        let host = said(OURS[2]).last().or(request.header("Host"));
+        let told = [Some(route.join(", ")), Some(proto.to_owned()), host.map(str::to_owned)];
+        let told = OURS.iter().zip(told);
+        headers.extend(told.filter_map(|(name, value)| Some(((*name).to_owned(), value?))));
+        headers
+    }
+
+    /// Leave to ask and a place among the requests that wait for inventory. When all are
+    /// taken and inventory answers nobody, the next is refused at once: the other threads
     /// belong to healthy routes.
-    fn enter(&self) -> Result<Turn, Problem> {
-        self.turns.take_if_moving(PATIENCE).ok_or_else(|| {
+    fn enter(&self, request: &Request) -> Result<(Permit<'_>, Turn), Problem> {
+        // RFC 9110 section 9.2.1.
+        let safe = ["GET", "HEAD", "OPTIONS"].contains(&request.method());
+        let not_now = |wait| {
+            Problem::unavailable("inventory keeps failing and is left alone for a moment")
+                .with_header("Retry-After", seconds_up(wait).to_string())
+        };
+        self.breaker.check(Instant::now(), safe).map_err(not_now)?;
+        let turn = self.turns.take_if_moving(PATIENCE).ok_or_else(|| {
             metrics::FORWARD_REFUSED.inc();
             Problem::unavailable("too many requests wait for inventory")
-        })
+        })?;
+        // It may have opened while this one waited for its turn.
+        let permit = self.breaker.admit(Instant::now(), safe).map_err(not_now)?;
+        Ok((permit, turn))
     }
 }
 

@@ -7,6 +7,7 @@ use chassis::health::Probe;
 use chassis::{Env, Stop, http, logging, server};
 use gateway::config::Config;
 use gateway::forward::Inventory;
+use gateway::limit::Limiter;
 use gateway::publish::Publisher;
 use gateway::{App, metrics, routes};
 
@@ -21,18 +22,25 @@ fn main() -> anyhow::Result<()> {
     let stop = Stop::on_signals()?;
     // Requests in flight at a stop still want their confirms: the publisher ends after them.
     let done = Stop::default();
-    let inventory = Inventory::new(&config.forward);
+    let inventory = Inventory::new(&config.forward, config.proxies.clone());
     let (publisher, worker) = Publisher::new(&config.publish);
     let probes = vec![
         Probe::new("inventory", inventory.probe())?,
         Probe::new("rabbitmq", publisher.probe())?,
     ];
     let app = App { inventory, publisher, probes };
+    let limiter = config.rate_limit.map(|rate| Limiter::new(rate, config.proxies.clone()));
 
     thread::scope(|scope| {
         stop.spawn(scope, "publisher", || worker.run(&done))?;
         app.publisher.await_connection(Duration::from_secs(2), &stop);
-        let handle = move |request: &_| http::dispatch(routes::ROUTES, &app, request);
+        let handle = move |request: &_| {
+            let serve = || http::dispatch(routes::ROUTES, &app, request);
+            match &limiter {
+                Some(limiter) => limiter.guard(request, serve),
+                None => serve(),
+            }
+        };
         let served = server::run(&config.http, &stop, handle);
         done.raise();
         served

@@ -1,8 +1,8 @@
 //! What the gateway counts beside what every service does.
 
 use prometheus::{
-    IntCounter, IntCounterVec, IntGauge, register_int_counter, register_int_counter_vec,
-    register_int_gauge,
+    IntCounter, IntCounterVec, IntGauge, IntGaugeVec, register_int_counter,
+    register_int_counter_vec, register_int_gauge, register_int_gauge_vec,
 };
 
 chassis::metrics! {
@@ -14,6 +14,18 @@ chassis::metrics! {
         "forward_refused_total", "Requests refused because too many waited for inventory.");
     FORWARD_RETRIED: IntCounter = register_int_counter!(
         "forward_retried_total", "Requests asked again because their connection died.");
+    BREAKER_STATE: IntGaugeVec = register_int_gauge_vec!(
+        "breaker_state",
+        "Circuit breaker of an upstream: 0 closed (asked), 1 half-open (tried by one), 2 open (not asked).",
+        &["upstream"]);
+    BREAKER_TRANSITIONS: IntCounterVec = register_int_counter_vec!(
+        "breaker_transitions_total", "Changes of a circuit breaker by its new state.",
+        &["upstream", "state"]);
+    BREAKER_REFUSED: IntCounterVec = register_int_counter_vec!(
+        "breaker_refused_total", "Requests refused because the circuit breaker was not closed.",
+        &["upstream"]);
+    RATE_LIMITED: IntCounter = register_int_counter!(
+        "rate_limited_total", "Requests refused because their address had used up its quota.");
     PUBLISHES: IntCounterVec = register_int_counter_vec!(
         "publishes_total", "Messages by what the broker said of them.", &["outcome"]);
     PUBLISHES_IN_FLIGHT: IntGauge = register_int_gauge!(

@@ -1,5 +1,6 @@
 //! The gateway from outside: alone, with the broker, and in front of the whole system.
 
+mod door;
 mod forward;
 mod harness;
 mod publish;
