@@ -42,7 +42,7 @@ fn main() -> anyhow::Result<ExitCode> {
 
 fn serve() -> anyhow::Result<()> {
     let config = Config::from_env(Env::load())?;
-    logging::init(config.log_level)?;
+    let _log = logging::init(config.log_level)?;
     metrics::register();
     let stop = Stop::on_signals()?;
     let consuming = Arc::new(AtomicBool::new(false));
@@ -64,6 +64,7 @@ fn end_in_time(stop: &Stop) -> anyhow::Result<()> {
         while !stop.wait(Duration::from_secs(3600)) {}
         thread::sleep(STOP_LIMIT);
         log::warn!("stopped in the middle of a batch: it will be delivered again");
+        log::logger().flush();
         process::exit(1);
     })?;
     Ok(())

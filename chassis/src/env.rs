@@ -40,7 +40,7 @@ impl Env {
     pub fn load() -> Env {
         let mut env = Env::of(|name| std::env::var(name).ok());
         match dotenvy::dotenv() {
-            Err(err) if !err.not_found() => env.faults.push(format!(".env: {err}")),
+            Err(err) if !err.not_found() => env.faults.push(env_file_fault(&err)),
             _ => (),
         }
         env
@@ -145,6 +145,19 @@ impl Env {
     }
 }
 
+/// dotenvy shows the whole line that it cannot read, which may hold a password.
+fn env_file_fault(err: &dotenvy::Error) -> String {
+    match err {
+        dotenvy::Error::LineParse(line, _) => match line.split_once('=') {
+            Some((name, _)) if name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_') => {
+                format!(".env: the value of {name} cannot be read")
+            }
+            _ => ".env: a line is not NAME=value".to_owned(),
+        },
+        other => format!(".env: {other}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,6 +189,19 @@ mod tests {
         assert_eq!(env.number("OTHER", 7u16, 1..=9), 7);
         assert_eq!(env.host_port("HOST", "PORT"), "[::1]:80".parse().unwrap());
         env.finish(()).unwrap();
+    }
+
+    #[test]
+    fn a_line_of_the_file_that_cannot_be_read_is_named_and_not_shown() {
+        for (line, fault) in [
+            ("PASSWORD=hunter2 'x", ".env: the value of PASSWORD cannot be read"),
+            ("PASSWORD hunter2", ".env: a line is not NAME=value"),
+            ("PASSWORD hunter2=", ".env: a line is not NAME=value"),
+        ] {
+            let err = dotenvy::Iter::new(line.as_bytes()).next().unwrap().unwrap_err();
+            assert!(err.to_string().contains("hunter2"), "what it is about: {err}");
+            assert_eq!(env_file_fault(&err), fault);
+        }
     }
 
     #[test]

@@ -1,11 +1,40 @@
 //! One line a record on stderr: time (UTC), level, message.
+//!
+//! Whoever reads the log (PM2, a pipe, a disk) may be slow, full or gone, and that must
+//! not stop a service. So records wait in bounded memory for a thread that writes them;
+//! what finds no place there, or cannot be written, is dropped and counted.
 
-use std::io::{LineWriter, stderr};
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
+use std::mem;
+use std::ops::Range;
+use std::os::fd::AsFd;
 use std::panic;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
+use log::{Log, Metadata, Record};
+use prometheus::{IntCounter, register_int_counter};
 use simplelog::{ConfigBuilder, LevelFilter, WriteLogger};
 
 use crate::env::Env;
+
+/// Bytes of records that may wait: some two thousand of them.
+const WAITING_MAX: usize = 256 * 1024;
+
+/// Bytes written at once, and of a record with its end of line: POSIX's PIPE_BUF on
+/// Linux, up to which a write to a pipe is never mixed with another process's.
+const WRITE_MAX: usize = 4096;
+
+/// How long the end of the process waits for a reader that does not read.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
+
+crate::metrics! {
+    fn register;
+    DROPPED: IntCounter = register_int_counter!(
+        "log_lines_dropped_total", "Lines of the log that nobody took in time, or that could not be written.");
+}
 
 /// Reads `LOG_LEVEL`; the default is `info`.
 pub fn level_from_env(env: &mut Env) -> LevelFilter {
@@ -21,10 +50,9 @@ pub fn level_from_env(env: &mut Env) -> LevelFilter {
 }
 
 /// Starts logging, and makes a panic one line of the log like any other error.
-///
-/// Without the `LineWriter` simplelog makes some twenty writes a record, and
-/// lines of two threads or two processes would tear.
-pub fn init(level: LevelFilter) -> anyhow::Result<()> {
+/// What waits is written when the guard is dropped, at the end of `main`.
+pub fn init(level: LevelFilter) -> anyhow::Result<Flush> {
+    register();
     let config = ConfigBuilder::new()
         .set_time_format_rfc3339()
         .set_thread_level(LevelFilter::Off)
@@ -33,7 +61,245 @@ pub fn init(level: LevelFilter) -> anyhow::Result<()> {
         // amiquip tells each frame at debug, and each failure both there and to us.
         .add_filter_ignore_str("amiquip")
         .build();
-    WriteLogger::init(level, config, LineWriter::new(stderr()))?;
-    panic::set_hook(Box::new(|panic| log::error!("{}", panic.to_string().replace('\n', " "))));
+    // A descriptor of its own: a write that hangs must not hold std's lock of stderr.
+    let out = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+    let queue = Arc::new(Queue::default());
+    let writer = Arc::clone(&queue);
+    thread::Builder::new().name("log".into()).spawn(move || writer.run(out))?;
+    let lines = Lines { line: Vec::with_capacity(WRITE_MAX), queue };
+    log::set_boxed_logger(Box::new(OneLine(WriteLogger::new(level, config, lines))))?;
+    log::set_max_level(level);
+    panic::set_hook(Box::new(|panic| log::error!("{panic}")));
+    Ok(Flush)
+}
+
+/// Writes what waits when it is dropped.
+#[must_use = "what it guards is the last lines of the log"]
+#[derive(Debug)]
+pub struct Flush;
+
+impl Drop for Flush {
+    fn drop(&mut self) {
+        log::logger().flush();
+    }
+}
+
+/// Makes one line of a record's text before simplelog has it.
+struct OneLine(Box<WriteLogger<Lines>>);
+
+impl Log for OneLine {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let text = one_line(&record.args().to_string());
+        let metadata = record.metadata().clone();
+        self.0.log(&Record::builder().metadata(metadata).args(format_args!("{text}")).build());
+    }
+
+    fn flush(&self) {
+        self.0.flush();
+    }
+}
+
+/// Without control characters, so that no text from outside makes a line of its own or
+/// speaks to a terminal; what is too long without its middle, because ids stand at the end.
+fn one_line(text: &str) -> String {
+    const GAP: &str = " […] ";
+    const END: usize = 1024;
+    /// Beside time, level and the end of the line.
+    const MAX: usize = WRITE_MAX - 64;
+    let mut line = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if letter.is_control() { line.extend(letter.escape_default()) } else { line.push(letter) }
+    }
+    if line.len() > MAX {
+        let head = line.floor_char_boundary(MAX - END - GAP.len());
+        let tail = line.ceil_char_boundary(line.len() - END);
+        line.replace_range(head..tail, GAP);
+    }
+    line
+}
+
+/// Gathers the pieces in which simplelog writes a line, the last of which is its end.
+struct Lines {
+    line: Vec<u8>,
+    queue: Arc<Queue>,
+}
+
+impl Write for Lines {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        self.line.extend_from_slice(piece);
+        if piece.ends_with(b"\n") {
+            self.queue.push(&self.line);
+            self.line.clear();
+        }
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.queue.flush();
+        Ok(())
+    }
+}
+
+/// Whole lines on their way from the threads that log to the one that writes.
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    /// There is something to write.
+    work: Condvar,
+    /// All is written.
+    idle: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    lines: Vec<u8>,
+    writing: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, line: &[u8]) {
+        let mut waiting = self.lock();
+        if waiting.lines.len() + line.len() > WAITING_MAX {
+            DROPPED.inc();
+            return;
+        }
+        let was_empty = waiting.lines.is_empty();
+        waiting.lines.extend_from_slice(line);
+        if was_empty && !waiting.writing {
+            self.work.notify_one();
+        }
+    }
+
+    fn flush(&self) {
+        let busy = |waiting: &mut Waiting| waiting.writing || !waiting.lines.is_empty();
+        let _ = self.idle.wait_timeout_while(self.lock(), FLUSH_TIMEOUT, busy);
+    }
+
+    fn run(&self, mut out: File) {
+        let mut torn = false;
+        let mut told = 0;
+        let mut lines = Vec::new();
+        loop {
+            let mut waiting = self.lock();
+            waiting.writing = false;
+            if waiting.lines.is_empty() {
+                self.idle.notify_all();
+                let empty = |waiting: &mut Waiting| waiting.lines.is_empty();
+                let woken = self.work.wait_while(waiting, empty);
+                waiting = woken.unwrap_or_else(PoisonError::into_inner);
+            }
+            waiting.writing = true;
+            mem::swap(&mut waiting.lines, &mut lines);
+            drop(waiting);
+
+            let mut written = false;
+            for range in pieces(&lines) {
+                let piece = &lines[range];
+                match write_whole(&mut out, piece, &mut torn) {
+                    Ok(()) => written = true,
+                    Err(_) => DROPPED.inc_by(count_lines(piece)),
+                }
+            }
+            lines.clear();
+            let dropped = DROPPED.get();
+            if written && dropped > told {
+                log::warn!("{} lines of the log are missing before this one", dropped - told);
+                told = dropped;
+            }
+        }
+    }
+}
+
+/// Whole lines, as many as fit into one write.
+fn pieces(lines: &[u8]) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let rest = &lines[start..];
+        let fitting = &rest[..rest.len().min(WRITE_MAX)];
+        let end = fitting.iter().rposition(|byte| *byte == b'\n')? + 1;
+        let piece = start..start + end;
+        start += end;
+        Some(piece)
+    })
+}
+
+/// A disk may take the first half of a piece only: then the next one begins a new line.
+fn write_whole(out: &mut File, piece: &[u8], torn: &mut bool) -> io::Result<()> {
+    let mut rest = piece;
+    if *torn {
+        out.write_all(b"\n")?;
+        *torn = false;
+    }
+    while !rest.is_empty() {
+        match out.write(rest) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(count) => {
+                rest = &rest[count..];
+                *torn = !rest.is_empty();
+            }
+            Err(err) if err.kind() == ErrorKind::Interrupted => (),
+            // Somebody who shares the terminal or the pipe made it non-blocking.
+            Err(err) if err.kind() == ErrorKind::WouldBlock => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(err) => return Err(err),
+        }
+    }
     Ok(())
+}
+
+fn count_lines(piece: &[u8]) -> u64 {
+    piece.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_one_line_whatever_it_says() {
+        assert_eq!(one_line("a\r\nb\u{1b}[2J\0 é\u{85}"), "a\\r\\nb\\u{1b}[2J\\u{0} é\\u{85}");
+    }
+
+    #[test]
+    fn a_long_record_keeps_its_begin_and_its_end() {
+        for length in [1900, 2100, 5000, 100_000] {
+            let line = one_line(&format!("begin {} id=7", "é".repeat(length)));
+            assert!(line.len() < WRITE_MAX, "{}", line.len());
+            assert!(line.starts_with("begin é") && line.ends_with("é id=7"), "{line}");
+            assert_eq!(line.contains("[…]"), length > 2000);
+        }
+    }
+
+    #[test]
+    fn each_write_is_whole_lines() {
+        let line = |length| format!("{}\n", "z".repeat(length)).into_bytes();
+        let lines: Vec<u8> = (0..WRITE_MAX).step_by(7).flat_map(line).collect();
+        let mut joined = Vec::new();
+        for range in pieces(&lines) {
+            let piece = &lines[range];
+            assert!(piece.len() <= WRITE_MAX && piece.ends_with(b"\n"));
+            joined.extend_from_slice(piece);
+        }
+        assert!(joined == lines);
+    }
+
+    #[test]
+    fn what_finds_no_place_is_dropped_and_counted() {
+        let queue = Queue::default();
+        let before = DROPPED.get();
+        for _ in 0..WAITING_MAX / 100 + 3 {
+            queue.push(&[b'x'; 100]);
+        }
+        assert!(queue.lock().lines.len() <= WAITING_MAX);
+        assert_eq!(DROPPED.get() - before, 3);
+    }
 }
