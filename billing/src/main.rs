@@ -42,7 +42,7 @@ fn main() -> anyhow::Result<ExitCode> {
 
 fn serve() -> anyhow::Result<()> {
     let config = Config::from_env(Env::load())?;
-    let _log = logging::init(config.log_level)?;
+    let _log = logging::init(config.log_level, env!("CARGO_CRATE_NAME"))?;
     metrics::register();
     let stop = Stop::on_signals()?;
     let consuming = Arc::new(AtomicBool::new(false));

@@ -149,7 +149,9 @@ impl Env {
 fn env_file_fault(err: &dotenvy::Error) -> String {
     match err {
         dotenvy::Error::LineParse(line, _) => match line.split_once('=') {
-            Some((name, _)) if name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_') => {
+            Some((name, _))
+                if name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_') =>
+            {
                 format!(".env: the value of {name} cannot be read")
             }
             _ => ".env: a line is not NAME=value".to_owned(),

@@ -51,15 +51,18 @@ pub fn level_from_env(env: &mut Env) -> LevelFilter {
 
 /// Starts logging, and makes a panic one line of the log like any other error.
 /// What waits is written when the guard is dropped, at the end of `main`.
-pub fn init(level: LevelFilter) -> anyhow::Result<Flush> {
+///
+/// Only `service` (its crate) and the chassis are heard: what libraries say at debug and
+/// trace holds headers, queries and frames of messages, which are nobody's to read.
+pub fn init(level: LevelFilter, service: &'static str) -> anyhow::Result<Flush> {
     register();
     let config = ConfigBuilder::new()
         .set_time_format_rfc3339()
         .set_thread_level(LevelFilter::Off)
         .set_target_level(LevelFilter::Off)
         .set_location_level(LevelFilter::Off)
-        // amiquip tells each frame at debug, and each failure both there and to us.
-        .add_filter_ignore_str("amiquip")
+        .add_filter_allow_str(service)
+        .add_filter_allow_str("chassis")
         .build();
     // A descriptor of its own: a write that hangs must not hold std's lock of stderr.
     let out = File::from(io::stderr().as_fd().try_clone_to_owned()?);

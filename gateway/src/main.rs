@@ -16,7 +16,7 @@ fn main() -> anyhow::Result<()> {
     let level = logging::level_from_env(&mut env);
     let config = Config::from_env(&mut env);
     let config = env.finish(config)?;
-    let _log = logging::init(level)?;
+    let _log = logging::init(level, env!("CARGO_CRATE_NAME"))?;
     metrics::register();
 
     let stop = Stop::on_signals()?;

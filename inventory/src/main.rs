@@ -7,7 +7,7 @@ use inventory::routes::ROUTES;
 
 fn main() -> anyhow::Result<()> {
     let config = Config::from_env(Env::load())?;
-    let _log = logging::init(config.log_level)?;
+    let _log = logging::init(config.log_level, env!("CARGO_CRATE_NAME"))?;
     let stop = Stop::on_signals()?;
     let app = App::new(config.db)?;
     server::run(&config.http, &stop, move |request| http::dispatch(ROUTES, &app, request))

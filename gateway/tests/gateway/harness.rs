@@ -54,11 +54,18 @@ impl Stack {
 
     /// Starts a service's binary.
     pub(crate) fn start(&self, service: &str) -> Service {
+        self.launch(service, self.command(service))
+    }
+
+    /// A service's binary with the variables of this stack.
+    pub(crate) fn command(&self, service: &str) -> Command {
         let folder = std::env::var_os("MATINEE_BIN_DIR").map(PathBuf::from);
         let folder = folder.as_deref().or(Path::new(env!("CARGO_BIN_EXE_gateway")).parent());
         let path = folder.unwrap_or(Path::new("")).join(service);
         assert!(path.exists(), "{} is missing: cargo build --workspace", path.display());
-        self.launch(service, Command::new(path))
+        let mut command = Command::new(path);
+        command.envs(&self.env).stdin(Stdio::null()).stdout(Stdio::null());
+        command
     }
 
     /// Starts a program in a service's place; its log goes to a file that a failing test can show.
@@ -91,12 +98,17 @@ impl Stack {
 
     /// Where a service says that it lives.
     pub(crate) fn health_url(&self, service: &str) -> String {
+        format!("{}/health", self.service_url(service))
+    }
+
+    /// Where a service listens.
+    pub(crate) fn service_url(&self, service: &str) -> String {
         let port = match service {
             "gateway" => 3000,
             "inventory" => 8080,
             _ => 8081,
         };
-        format!("http://{}:{port}/health", self.address)
+        format!("http://{}:{port}", self.address)
     }
 }
 

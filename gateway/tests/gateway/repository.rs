@@ -4,6 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD_NO_PAD;
+
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
 /// Name and value of each line of `.env`.
@@ -53,6 +56,58 @@ fn no_credential_stands_outside_env() {
         let text = String::from_utf8_lossy(&bytes);
         for (name, value) in &secrets {
             assert!(!text.contains(value.as_str()), "{file} holds the value of {name}");
+            let encoded = BASE64_STANDARD_NO_PAD.encode(value);
+            assert!(!text.contains(&encoded), "{file} holds the value of {name} in base64");
+        }
+        if let Some(url) = text.split("://").skip(1).find(|rest| has_credentials(rest)) {
+            let shown: String = url.chars().take(40).collect();
+            panic!("{file} has a URL with a password: {shown}");
+        }
+    }
+}
+
+/// Of a URL after "://": a user and a password that are not taken from elsewhere.
+fn has_credentials(rest: &str) -> bool {
+    let end = rest.find(|letter: char| letter.is_whitespace() || "/?#\"'`<>)".contains(letter));
+    let Some((user, _)) = rest[..end.unwrap_or(rest.len())].rsplit_once('@') else { return false };
+    user.contains(':') && !user.contains(['%', '$', '{'])
+}
+
+#[test]
+fn a_url_with_a_password_is_told_from_others() {
+    assert!(has_credentials("guest:guest@127.0.0.1:5672/ and more"));
+    for harmless in ["%s:%s@%s:%s/%s", "127.0.0.1:3000/a@b:c", "user@host/", "{user}:{password}@x"]
+    {
+        assert!(!has_credentials(harmless), "{harmless}");
+    }
+}
+
+/// An advisory is listed as long as its crate is built in, no longer, and with the calls
+/// that would reach it: the services make none of them.
+#[test]
+fn the_advisories_that_the_readme_lists_are_those_of_the_lock_file_and_nobody_calls_them() {
+    let root = Path::new(ROOT);
+    let lock = fs::read_to_string(root.join("Cargo.lock")).unwrap();
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let rows: Vec<Vec<&str>> = readme
+        .lines()
+        .filter(|line| line.starts_with("| RUSTSEC-"))
+        .map(|line| line.split('|').map(str::trim).collect())
+        .collect();
+    assert!(rows.len() > 5);
+    for row in rows {
+        let (name, version) = row[2].split_once(' ').unwrap();
+        let package = format!("name = \"{name}\"\nversion = \"{version}\"");
+        assert!(lock.contains(&package), "{}: Cargo.lock has no {}", row[1], row[2]);
+    }
+    let calls =
+        ["multipart", "post_input", "AMQPUri", "Connection::open", "insecure_open(", "net2"];
+    for service in ["chassis", "gateway", "inventory", "billing"] {
+        for file in fs::read_dir(root.join(service).join("src")).unwrap() {
+            let path = file.unwrap().path();
+            let text = fs::read_to_string(&path).unwrap();
+            let call = calls.iter().find(|call| text.contains(*call));
+            assert!(call.is_none(), "{}: {call:?}", path.display());
         }
     }
 }
