@@ -304,7 +304,7 @@ impl Session<'_, '_> {
         }
         let mut candidates = Vec::with_capacity(batch.len());
         for (index, delivery) in batch.iter().enumerate() {
-            match read(delivery) {
+            match read(delivery.properties.message_id().as_deref(), &delivery.body) {
                 Ok((message_id, order)) => candidates.push(Candidate { index, message_id, order }),
                 Err(reason) => judgement.fates[index] = hopeless(reason),
             }
@@ -470,15 +470,18 @@ impl<'a> From<&'a Candidate<'_>> for Entry<'a> {
     }
 }
 
-/// The id, if the message has one, and the order; or why it cannot be one.
-fn read(delivery: &Delivery) -> Result<(Option<&str>, Order), String> {
-    let id = delivery.properties.message_id().as_deref().filter(|id| !id.is_empty());
+/// The id, if a message has one, and the order; or why it cannot be one.
+pub fn read<'m>(
+    message_id: Option<&'m str>,
+    body: &[u8],
+) -> Result<(Option<&'m str>, Order), String> {
+    let id = message_id.filter(|id| !id.is_empty());
     if id.is_some_and(|id| id.contains('\0') || id.chars().count() > MESSAGE_ID_MAX) {
         return Err(format!(
             "the message id must have 1 to {MESSAGE_ID_MAX} characters and no U+0000"
         ));
     }
-    match panic::catch_unwind(|| Order::parse(&delivery.body)) {
+    match panic::catch_unwind(|| Order::parse(body)) {
         Ok(Ok(order)) => Ok((id, order)),
         Ok(Err(refused)) => Err(refused.to_string()),
         Err(_) => Err("the service failed while it read the message; its log says where".into()),

@@ -18,7 +18,7 @@ pub mod stop;
 pub mod testing;
 pub mod turns;
 pub mod value;
-mod wire;
+pub mod wire;
 
 pub use env::{Env, Secret};
 pub use problem::Problem;

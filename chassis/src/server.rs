@@ -29,7 +29,7 @@ use crate::http::Answer;
 use crate::metrics;
 use crate::problem::{Problem, reason};
 use crate::stop::Stop;
-use crate::wire::{self, Body, Chunked, Head};
+use crate::wire::{self, Body, BodyReader, Head};
 
 /// Enough for the deepest handler, also unoptimised; only touched pages cost memory.
 const STACK: usize = 512 << 10;
@@ -635,19 +635,12 @@ where
         let begun = Instant::now();
         let deadline = begun + limits.header_timeout;
         let mut scanned = 0;
-        let end = loop {
-            // Empty lines before a request are remains of sloppy clients (RFC 9112 section 2.2).
-            while self.buffer.starts_with(b"\r\n") {
-                self.buffer.drain(..2);
-                scanned = 0;
-            }
-            match wire::head_end(&self.buffer, &mut scanned, limits.max_head)? {
-                Some(end) => break end,
+        let head = loop {
+            match wire::take_head(&mut self.buffer, &mut scanned, limits)? {
+                Some(head) => break head,
                 None => self.fill_by(deadline, begun, "the head of the request")?,
             }
         };
-        let head = wire::parse_head(&self.buffer[..end], limits.max_headers, limits.max_body)?;
-        self.buffer.drain(..end);
         let mut share = Share { budget: &self.server.bodies, taken: 0 };
         let body = self.read_body(&head, &mut share)?;
         Ok(Incoming { head, body, begun, share })
@@ -664,23 +657,12 @@ where
             (&self.connection.stream).write_all(go).map_err(|_| NoRequest::Closed)?;
         }
         let mut body = Vec::new();
-        let mut chunked = Chunked::new(self.server.limits.max_body);
+        let mut reader = BodyReader::new(head.body, self.server.limits.max_body);
         loop {
             share.take(self.buffer.len(), self.server.limits.body_budget)?;
-            let taken = match head.body {
-                Body::Length(length) => {
-                    let piece = (length - body.len()).min(self.buffer.len());
-                    body.extend_from_slice(&self.buffer[..piece]);
-                    piece
-                }
-                _ => chunked.feed(&self.buffer, &mut body)?,
-            };
+            let taken = reader.feed(&self.buffer, &mut body)?;
             self.buffer.drain(..taken);
-            let done = match head.body {
-                Body::Length(length) => body.len() == length,
-                _ => chunked.done(),
-            };
-            if done {
+            if reader.done() {
                 return Ok(body);
             }
             self.fill_by(deadline, begun, "the body of the request")?;

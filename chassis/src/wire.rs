@@ -2,11 +2,13 @@
 //! differently is refused, because the gateway and what stands behind it must
 //! never disagree about where a request ends.
 //!
-//! Pure functions over bytes; `server` does the reading and the waiting.
+//! Pure functions over bytes; `server` does the reading and the waiting. Public
+//! for the fuzzer, which has no socket.
 
 use httparse::Status;
 
 use crate::problem::Problem;
+use crate::server::Limits;
 
 /// Longest request target, in bytes.
 const MAX_TARGET: usize = 8 << 10;
@@ -19,25 +21,51 @@ const MAX_CHUNK_LINE: usize = 256;
 const MAX_TRAILERS: usize = 8 << 10;
 
 /// What a request says before its body.
-#[derive(Debug)]
-pub(crate) struct Head {
+#[derive(Clone, Debug, PartialEq)]
+pub struct Head {
+    /// Any token.
     pub method: String,
     /// Path and query as they were sent.
     pub target: String,
+    /// Names and values, without the white space around the values.
     pub headers: Vec<(String, String)>,
+    /// How long the body is.
     pub body: Body,
+    /// Whether the client wants to send another request.
     pub keep_alive: bool,
+    /// HTTP/1.0 and not 1.1.
     pub http10: bool,
     /// The client waits for a 100 before it sends the body.
     pub expects_continue: bool,
 }
 
 /// How the end of the body is told.
-#[derive(Debug, PartialEq)]
-pub(crate) enum Body {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Body {
+    /// There is none.
     None,
+    /// By its number of bytes.
     Length(usize),
+    /// By a last chunk.
     Chunked,
+}
+
+/// Takes the next head out of `buffer`, with the empty lines before it (RFC 9112
+/// section 2.2); `None` while it is not complete. `scanned` is zero for a new head
+/// and kept between the calls for one.
+pub fn take_head(
+    buffer: &mut Vec<u8>,
+    scanned: &mut usize,
+    limits: &Limits,
+) -> Result<Option<Head>, Problem> {
+    while buffer.starts_with(b"\r\n") {
+        buffer.drain(..2);
+        *scanned = 0;
+    }
+    let Some(end) = head_end(buffer, scanned, limits.max_head)? else { return Ok(None) };
+    let head = parse_head(&buffer[..end], limits.max_headers, limits.max_body)?;
+    buffer.drain(..end);
+    Ok(Some(head))
 }
 
 /// Finds the end of the head: the number of its bytes once all are there.
@@ -45,11 +73,7 @@ pub(crate) enum Body {
 /// `scanned` remembers, between calls with a growing `buffer`, what need not be
 /// looked at again. The outcome depends on the bytes alone, not on how they were
 /// cut into packets.
-pub(crate) fn head_end(
-    buffer: &[u8],
-    scanned: &mut usize,
-    max_head: usize,
-) -> Result<Option<usize>, Problem> {
+fn head_end(buffer: &[u8], scanned: &mut usize, max_head: usize) -> Result<Option<usize>, Problem> {
     if buffer.first().is_some_and(|first| !is_token(*first) && *first != b'\r') {
         return Err(Problem::malformed("this is not an HTTP request"));
     }
@@ -81,11 +105,7 @@ fn uri_too_long() -> Problem {
 
 /// Reads a whole head of at most `max_headers` fields (128 in any case); a body may
 /// have at most `max_body` bytes.
-pub(crate) fn parse_head(
-    bytes: &[u8],
-    max_headers: usize,
-    max_body: usize,
-) -> Result<Head, Problem> {
+fn parse_head(bytes: &[u8], max_headers: usize, max_body: usize) -> Result<Head, Problem> {
     let mut fields = [httparse::EMPTY_HEADER; HEADER_ROOM];
     let mut parsed = httparse::Request::new(&mut fields);
     match parsed.parse(bytes) {
@@ -135,6 +155,10 @@ pub(crate) fn parse_head(
 fn origin_form<'t>(method: &str, target: &'t str) -> Result<(String, Option<&'t str>), Problem> {
     if target.contains('#') {
         return Err(Problem::malformed("a request target has no fragment"));
+    }
+    // Its target is an authority, and whoever passes it on would make it one.
+    if method == "CONNECT" {
+        return Err(Problem::malformed("there are no tunnels here"));
     }
     if target.starts_with('/') || (target == "*" && method == "OPTIONS") {
         return Ok((target.to_owned(), None));
@@ -237,8 +261,50 @@ fn is_authority(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+;=:[]".contains(&byte)
 }
 
-/// Decodes a chunked body (RFC 9112 section 7.1) from pieces of any size.
-pub(crate) struct Chunked {
+/// Reads a body from pieces of any size.
+pub struct BodyReader(Framing);
+
+enum Framing {
+    /// Bytes that are still to come.
+    Length(usize),
+    Chunked(Chunked),
+}
+
+impl BodyReader {
+    /// For a body whose end is told like this; chunks are limited together to `max_body` bytes.
+    pub fn new(body: Body, max_body: usize) -> BodyReader {
+        BodyReader(match body {
+            Body::None => Framing::Length(0),
+            Body::Length(length) => Framing::Length(length),
+            Body::Chunked => Framing::Chunked(Chunked::new(max_body)),
+        })
+    }
+
+    /// Whether the whole body has been read.
+    pub fn done(&self) -> bool {
+        match &self.0 {
+            Framing::Length(left) => *left == 0,
+            Framing::Chunked(chunked) => chunked.done(),
+        }
+    }
+
+    /// Takes what it can from `input`, appends the decoded bytes to `body`, and
+    /// tells how many bytes it took: fewer than all only when the body is done.
+    pub fn feed(&mut self, input: &[u8], body: &mut Vec<u8>) -> Result<usize, Problem> {
+        match &mut self.0 {
+            Framing::Length(left) => {
+                let piece = input.len().min(*left);
+                body.extend_from_slice(&input[..piece]);
+                *left -= piece;
+                Ok(piece)
+            }
+            Framing::Chunked(chunked) => chunked.feed(input, body),
+        }
+    }
+}
+
+/// A chunked body (RFC 9112 section 7.1).
+struct Chunked {
     state: ChunkState,
     line: Vec<u8>,
     trailers: usize,
@@ -254,17 +320,15 @@ enum ChunkState {
 }
 
 impl Chunked {
-    pub(crate) fn new(max_body: usize) -> Chunked {
+    fn new(max_body: usize) -> Chunked {
         Chunked { state: ChunkState::Size, line: Vec::new(), trailers: 0, max_body }
     }
 
-    pub(crate) fn done(&self) -> bool {
+    fn done(&self) -> bool {
         matches!(self.state, ChunkState::Done)
     }
 
-    /// Takes what it can from `input`, appends the decoded bytes to `body`, and
-    /// tells how many bytes it took: fewer than all only when the body is done.
-    pub(crate) fn feed(&mut self, input: &[u8], body: &mut Vec<u8>) -> Result<usize, Problem> {
+    fn feed(&mut self, input: &[u8], body: &mut Vec<u8>) -> Result<usize, Problem> {
         let mut taken = 0;
         while taken < input.len() && !self.done() {
             let rest = &input[taken..];

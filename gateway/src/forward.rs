@@ -5,6 +5,7 @@ use std::io::{Cursor, ErrorKind, Read};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use chassis::http;
 use chassis::problem::Problem;
 use chassis::turns::{Turn, Turns};
 use rouille::{Request, Response, ResponseBody};
@@ -185,8 +186,13 @@ impl Inventory {
         let mut builder = request::Builder::new().method(request.method()).uri(uri);
         let headers = request.headers().map(|(name, value)| (name.to_owned(), value.to_owned()));
         for (name, value) in self.tell_the_way(request, keep(headers)) {
-            builder = builder.header(name, value);
+            if !name.eq_ignore_ascii_case("X-Request-Id") {
+                builder = builder.header(name, value);
+            }
         }
+        // By which both logs are told together: no client can keep it back by naming
+        // it in Connection.
+        builder = builder.header("X-Request-Id", http::request_id(request));
         let has_body = !body.is_empty() || ["POST", "PUT", "PATCH"].contains(&request.method());
         match has_body {
             true => self.agent.run(builder.body(body)?),

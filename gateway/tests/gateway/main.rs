@@ -4,6 +4,7 @@ mod backup;
 mod clock;
 mod door;
 mod forward;
+mod framing;
 mod harness;
 mod logs;
 mod publish;

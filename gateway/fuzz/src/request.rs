@@ -1,0 +1,294 @@
+//! The request reader: a stream of bytes is read in one way, however it is cut into
+//! packets, and in no other way by anybody who is less strict.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use chassis::problem::Problem;
+use chassis::server::Limits;
+use chassis::wire::{self, Body, BodyReader, Head};
+
+/// Small, so that a fuzzer comes to see what is behind each.
+const LIMITS: Limits = Limits {
+    threads: 1,
+    header_timeout: Duration::ZERO,
+    body_timeout: Duration::ZERO,
+    write_timeout: Duration::ZERO,
+    idle_timeout: Duration::ZERO,
+    max_head: 1024,
+    max_headers: 16,
+    max_body: 256,
+    body_budget: 0,
+};
+
+/// The control: with this variable set the reader takes `Content-Length: +3` for 3,
+/// and that must be found out.
+static BROKEN: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FUZZ_BROKEN").is_some());
+
+/// Panics where the reader's reading of `stream` could be disputed.
+pub fn check(stream: &[u8]) {
+    let whole = read(&[stream]);
+    for size in [1, 5] {
+        let pieces: Vec<&[u8]> = stream.chunks(size).collect();
+        assert_eq!(read(&pieces), whole, "read otherwise in pieces of {size}");
+    }
+    let mut begin = 0;
+    for request in &whole.requests {
+        sound(request);
+        for leniency in Leniency::all() {
+            let end = leniency.read(&stream[begin..]).map(|(body, bytes)| (body, begin + bytes));
+            let ours = (request.body.clone(), request.end);
+            assert_eq!(end.as_ref(), Some(&ours), "{leniency:?} reads {request:?} otherwise");
+        }
+        begin = request.end;
+        said_again(request);
+    }
+}
+
+/// A request, its body decoded, and where it ends in the stream.
+#[derive(Debug, PartialEq)]
+struct Request {
+    head: Head,
+    body: Vec<u8>,
+    end: usize,
+}
+
+/// What became of a stream.
+#[derive(Debug, Default, PartialEq)]
+struct Reading {
+    requests: Vec<Request>,
+    /// Status and text of the refusal that ended it.
+    refused: Option<(u16, String)>,
+}
+
+/// One connection, as the server loop reads it.
+#[derive(Default)]
+struct Connection {
+    buffer: Vec<u8>,
+    received: usize,
+    scanned: usize,
+    begun: Option<(Head, BodyReader, Vec<u8>)>,
+    requests: Vec<Request>,
+    closed: bool,
+}
+
+fn read(pieces: &[&[u8]]) -> Reading {
+    let limits = LIMITS;
+    let mut connection = Connection::default();
+    for piece in pieces {
+        connection.buffer.extend_from_slice(piece);
+        connection.received += piece.len();
+        if let Err(problem) = connection.advance(&limits) {
+            let refused = Some((problem.status(), problem.to_string()));
+            return Reading { requests: connection.requests, refused };
+        }
+        if connection.closed {
+            break;
+        }
+    }
+    Reading { requests: connection.requests, refused: None }
+}
+
+impl Connection {
+    /// Reads what can be read of what is there.
+    fn advance(&mut self, limits: &Limits) -> Result<(), Problem> {
+        while !self.closed {
+            if self.begun.is_none() {
+                if *BROKEN {
+                    forgive_sign(&mut self.buffer);
+                }
+                let head = wire::take_head(&mut self.buffer, &mut self.scanned, limits)?;
+                let Some(head) = head else { return Ok(()) };
+                self.scanned = 0;
+                let reader = BodyReader::new(head.body, limits.max_body);
+                self.begun = Some((head, reader, Vec::new()));
+            }
+            let Some((_, reader, body)) = &mut self.begun else { return Ok(()) };
+            let taken = reader.feed(&self.buffer, body)?;
+            self.buffer.drain(..taken);
+            if !reader.done() {
+                return Ok(());
+            }
+            if let Some((head, _, body)) = self.begun.take() {
+                self.closed = !head.keep_alive;
+                let end = self.received - self.buffer.len();
+                self.requests.push(Request { head, body, end });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn forgive_sign(buffer: &mut [u8]) {
+    let sign = b"\r\nContent-Length: +";
+    let found = buffer.windows(sign.len()).position(|window| window.eq_ignore_ascii_case(sign));
+    if let Some(at) = found {
+        buffer[at + sign.len() - 1] = b'0';
+    }
+}
+
+/// What whoever is handed a request may rely on.
+fn sound(Request { head, body, .. }: &Request) {
+    let values = |wanted: &str| -> Vec<&str> {
+        let named = head.headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case(wanted));
+        named.map(|(_, value)| value.as_str()).collect()
+    };
+    let (lengths, codings) = (values("Content-Length"), values("Transfer-Encoding"));
+    match head.body {
+        Body::None => assert!(lengths.is_empty() && codings.is_empty() && body.is_empty()),
+        Body::Length(length) => {
+            assert_eq!(body.len(), length);
+            assert!(codings.is_empty() && lengths.len() == 1);
+            assert!(lengths[0].bytes().all(|byte| byte.is_ascii_digit()));
+            assert_eq!(lengths[0].parse(), Ok(length));
+        }
+        Body::Chunked => {
+            assert!(lengths.is_empty() && !head.http10);
+            assert_eq!(codings.len(), 1);
+        }
+    }
+    assert!(body.len() <= LIMITS.max_body);
+    assert!(head.headers.len() <= LIMITS.max_headers + 1, "one more for an absolute target's Host");
+    assert!(values("Host").len() == 1 || head.http10 && values("Host").is_empty());
+    assert!(head.target.starts_with('/') || head.target == "*");
+    let graphic = |text: &str| !text.bytes().any(|byte| byte <= b' ' || byte == 0x7f);
+    assert!(graphic(&head.target) && graphic(&head.method) && !head.method.is_empty());
+    for (name, value) in &head.headers {
+        assert!(graphic(name) && !name.is_empty() && !name.contains(':'), "{name:?}");
+        assert!(!value.bytes().any(|byte| byte.is_ascii_control() && byte != b'\t'), "{value:?}");
+        assert_eq!(value.trim_matches([' ', '\t']), value);
+    }
+}
+
+/// A request that is written out as it was understood is understood in the same way.
+fn said_again(request: &Request) {
+    let Request { head, body, .. } = request;
+    let mut out = Vec::new();
+    let version = if head.http10 { "1.0" } else { "1.1" };
+    out.extend(format!("{} {} HTTP/{version}\r\n", head.method, head.target).bytes());
+    for (name, value) in &head.headers {
+        out.extend(format!("{name}: {value}\r\n").bytes());
+    }
+    out.extend(b"\r\n");
+    if head.body == Body::Chunked {
+        for chunk in body.chunks(3) {
+            out.extend(format!("{:X}\r\n", chunk.len()).bytes());
+            out.extend(chunk);
+            out.extend(b"\r\n");
+        }
+        out.extend(b"0\r\n\r\n");
+    } else {
+        out.extend(body);
+    }
+    let limits = Limits { max_head: 4096, max_headers: 32, ..LIMITS };
+    let length = out.len();
+    let mut connection = Connection { buffer: out, received: length, ..Connection::default() };
+    let ended = connection.advance(&limits).map_err(|problem| problem.to_string());
+    assert_eq!(ended, Ok(()), "{request:?}");
+    assert_eq!(connection.requests.len(), 1, "{request:?}");
+    let again = &connection.requests[0];
+    assert_eq!((&again.head, &again.body, again.end), (head, body, length));
+}
+
+/// A reader that forgives what readers in the field have been seen to forgive. Where
+/// ours takes a request, each of these must find the same body and the same end.
+#[derive(Clone, Copy, Debug)]
+struct Leniency {
+    /// A lone carriage return ends a line, as a lone line feed does for all of them.
+    bare_cr: bool,
+    /// Of several lengths the last one counts, not the first.
+    last_length: bool,
+    /// Content-Length outweighs Transfer-Encoding.
+    length_first: bool,
+    /// A number may have a sign; else it ends the number.
+    signs: bool,
+}
+
+impl Leniency {
+    fn all() -> impl Iterator<Item = Leniency> {
+        (0..16).map(|bits| Leniency {
+            bare_cr: bits & 1 > 0,
+            last_length: bits & 2 > 0,
+            length_first: bits & 4 > 0,
+            signs: bits & 8 > 0,
+        })
+    }
+
+    /// The body of the first request and how many bytes the request has.
+    fn read(self, stream: &[u8]) -> Option<(Vec<u8>, usize)> {
+        let mut at = stream.iter().position(|byte| !b"\r\n".contains(byte))?;
+        let mut fields: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+        self.line(stream, &mut at)?;
+        loop {
+            let line = self.line(stream, &mut at)?;
+            match (line.first(), fields.last_mut()) {
+                (None, _) => break,
+                (Some(b' ' | b'\t'), Some((_, value))) => value.extend(line),
+                _ => {
+                    let colon = line.iter().position(|byte| *byte == b':').unwrap_or(line.len());
+                    let name = line[..colon].trim_ascii().to_ascii_lowercase();
+                    let value = line.get(colon + 1..).unwrap_or_default().trim_ascii();
+                    fields.push((name, value.to_ascii_lowercase()));
+                }
+            }
+        }
+        let named = |wanted: &[u8]| -> Vec<&[u8]> {
+            let found = fields.iter().filter(|(name, _)| name == wanted);
+            found.map(|(_, value)| value.as_slice()).collect()
+        };
+        let lengths = named(b"content-length");
+        let length = if self.last_length { lengths.last() } else { lengths.first() };
+        let contains = |value: &&[u8]| value.windows(7).any(|word| word == b"chunked");
+        let chunked = named(b"transfer-encoding").iter().any(contains);
+        match length {
+            Some(length) if self.length_first || !chunked => {
+                let length = self.number(length, 10);
+                let body = stream.get(at..at.checked_add(length)?)?;
+                Some((body.to_vec(), at + length))
+            }
+            _ if chunked => self.chunks(stream, at),
+            _ => Some((Vec::new(), at)),
+        }
+    }
+
+    fn chunks(self, stream: &[u8], mut at: usize) -> Option<(Vec<u8>, usize)> {
+        let mut body = Vec::new();
+        loop {
+            let size = self.number(self.line(stream, &mut at)?, 16);
+            if size == 0 {
+                break;
+            }
+            body.extend(stream.get(at..at.checked_add(size)?)?);
+            at += size;
+            self.line(stream, &mut at)?;
+        }
+        while !self.line(stream, &mut at)?.is_empty() {}
+        Some((body, at))
+    }
+
+    /// The line at `at`, which moves on behind it.
+    fn line<'s>(self, stream: &'s [u8], at: &mut usize) -> Option<&'s [u8]> {
+        let rest = &stream[*at..];
+        let ends = |byte: &u8| *byte == b'\n' || *byte == b'\r' && self.bare_cr;
+        let length = rest.iter().position(ends)?;
+        let both = rest[length..].starts_with(b"\r\n");
+        *at += length + if both { 2 } else { 1 };
+        let line = &rest[..length];
+        Some(line.strip_suffix(b"\r").unwrap_or(line))
+    }
+
+    /// As C's strtol: white space, a sign, a prefix, and as many digits as there are.
+    fn number(self, text: &[u8], radix: u32) -> usize {
+        let mut text = text.trim_ascii_start();
+        if self.signs {
+            text = text.strip_prefix(b"+").unwrap_or(text);
+        }
+        if radix == 16 && text.starts_with(b"0x") {
+            text = &text[2..];
+        }
+        let digits = text.iter().map_while(|byte| char::from(*byte).to_digit(radix));
+        digits.fold(0, |number: usize, digit| {
+            number.saturating_mul(radix as usize).saturating_add(digit as usize)
+        })
+    }
+}
