@@ -50,18 +50,21 @@ pub fn run(config: &Config, stop: &Stop, consuming: &AtomicBool) {
         grave: Grave::new(config.broker.clone(), config.dead_queue()),
         backoff: Backoff::default(),
     };
-    let mut told = false;
+    let mut told = String::new();
     while !stop.raised() {
         let ended = consumer.connect(consuming);
-        told &= !consuming.swap(false, Ordering::SeqCst);
+        if consuming.swap(false, Ordering::SeqCst) {
+            told.clear();
+        }
         metrics::CONNECTED.set(0);
         if let Err(err) = ended
             && !stop.raised()
         {
-            // One line a change of state, not one an attempt.
-            let level = if told { log::Level::Debug } else { log::Level::Warn };
-            log::log!(level, "not consuming {}, trying until it works: {err:#}", config.queue);
-            told = true;
+            // One line a reason, not one an attempt.
+            let reason = format!("{err:#}");
+            let level = if told == reason { log::Level::Debug } else { log::Level::Warn };
+            log::log!(level, "not consuming {}, trying until it works: {reason}", config.queue);
+            told = reason;
             stop.wait(consumer.backoff.pause());
         }
     }
@@ -117,6 +120,7 @@ impl Consumer<'_> {
             line: Line { channel, leash, prefetch },
             deliveries: consumer.receiver(),
             next: None,
+            ended: None,
             trial: 1,
             parked: Vec::new(),
         }
@@ -156,6 +160,8 @@ struct Session<'a, 'c> {
     deliveries: &'a Receiver<ConsumerMessage>,
     /// Received already, for the next batch.
     next: Option<Delivery>,
+    /// Why there will be no more, once what came before is dealt with.
+    ended: Option<anyhow::Error>,
     /// How many redelivered messages are taken at once.
     trial: usize,
     /// On their way to the dead letters, not acknowledged yet.
@@ -239,7 +245,15 @@ impl Session<'_, '_> {
                 1 => Duration::ZERO,
                 _ => wait.saturating_sub(begun.elapsed()),
             };
-            let Some(delivery) = self.receive(wait)? else { break };
+            let delivery = match self.receive(wait) {
+                Ok(Some(delivery)) => delivery,
+                Ok(None) => break,
+                // When somebody has deleted the queue, what is in hand is all there is of it.
+                Err(err) => {
+                    self.ended = Some(err);
+                    break;
+                }
+            };
             if delivery.redelivered != redelivered {
                 self.next = Some(delivery);
                 break;
@@ -252,6 +266,9 @@ impl Session<'_, '_> {
     fn receive(&mut self, wait: Duration) -> anyhow::Result<Option<Delivery>> {
         if let Some(delivery) = self.next.take() {
             return Ok(Some(delivery));
+        }
+        if let Some(err) = self.ended.take() {
+            return Err(err);
         }
         match self.deliveries.recv_timeout(wait) {
             Ok(ConsumerMessage::Delivery(delivery)) => Ok(Some(delivery)),

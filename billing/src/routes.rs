@@ -31,9 +31,9 @@ impl App {
                 Some(client) => client,
                 None => db.connect().map_err(|_| "no connection")?,
             };
-            store::is_ready(&mut client).map_err(|_| "the tables cannot be read")?;
+            let writable = store::is_ready(&mut client).map_err(|_| "the tables cannot be read")?;
             *kept = Some(client);
-            Ok(())
+            if writable { Ok(()) } else { Err("the database is read-only".to_owned()) }
         })?;
         let queue = Probe::new("rabbitmq", move || match consuming.load(Ordering::SeqCst) {
             true => Ok(()),

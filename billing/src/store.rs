@@ -36,9 +36,11 @@ pub fn reason(err: &Error) -> String {
     }
 }
 
-/// Whether the tables are there and may be read.
-pub fn is_ready(db: &mut Client) -> Result<(), Error> {
-    db.batch_execute("select 1 from orders, processed_messages, in_doubt, attempts limit 0")
+/// Whether the tables are there and may be read, and the server lets anybody write: not on
+/// a replica, or when it was made read-only.
+pub fn is_ready(db: &mut Client) -> Result<bool, Error> {
+    db.batch_execute("select 1 from orders, processed_messages, in_doubt, attempts limit 0")?;
+    Ok(db.query_one("select current_setting('transaction_read_only') = 'off'", &[])?.get(0))
 }
 
 impl Store {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use amiquip::QueueDeleteOptions;
 use chassis::testing::{eventually, management};
 
 use crate::harness::{Shop, booked, get, numbered, order};
@@ -217,6 +218,23 @@ fn a_queue_that_is_deleted_is_declared_again() {
     shop.post(&[("2", order(2)), ("3", "garbage".to_owned())]);
     shop.await_orders(2, 10);
     assert_eq!(shop.await_dead(1, 10)[0].body, b"garbage");
+}
+
+#[test]
+fn what_is_in_hand_when_the_queue_is_deleted_is_booked() {
+    const COUNT: usize = 100;
+    // Longer than the test: it holds a batch and waits for company.
+    let shop = Shop::new().with("BILLING_BATCH_WAIT_MS", "600000");
+    shop.post(&numbered(COUNT));
+    let _billing = shop.consume();
+    let (mut connection, _leash) = shop.admin().connect("operator").unwrap();
+    let channel = connection.open_channel(None).unwrap();
+    eventually("all is delivered", 30, || {
+        let queue = channel.queue_declare_passive(shop.config().queue).unwrap();
+        (queue.declared_message_count() == Some(0)).then_some(())
+    });
+    let left = channel.queue_delete(shop.config().queue, QueueDeleteOptions::default()).unwrap();
+    shop.await_orders(COUNT as i64 - i64::from(left), 30);
 }
 
 #[test]
