@@ -68,7 +68,9 @@ impl Config {
         let connection = leash.within(CONNECT_TIMEOUT, || {
             let stream = mio::net::TcpStream::from_stream(stream)?;
             Connection::insecure_open_stream(stream, options, ConnectionTuning::default())
-                .with_context(|| format!("the broker at {} refused {}", self.address, self.user))
+                .with_context(|| {
+                    format!("no login as {} at the broker at {}", self.user, self.address)
+                })
         })?;
         Ok((connection, leash))
     }

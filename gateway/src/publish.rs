@@ -15,7 +15,7 @@ use chassis::Stop;
 use chassis::broker::{self, Backoff, Leash};
 use chassis::problem::Problem;
 use chassis::turns::{Turn, Turns};
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Receiver, RecvError, Sender, bounded, select};
 
 use crate::{config, metrics};
 
@@ -154,19 +154,20 @@ impl Worker {
     /// Publishes until `done`; connects again, for ever, when the broker goes away.
     pub fn run(&self, done: &Stop) {
         let mut backoff = Backoff::default();
-        let mut told = false;
+        let mut told = String::new();
         while !done.raised() {
             let Err(err) = self.session(done) else { return };
             let was_connected = self.shared.connected.swap(false, Ordering::SeqCst);
             metrics::BROKER_CONNECTED.set(0);
-            // One line a change of state, not one an attempt.
+            let reason = format!("{err:#}");
+            // One line a reason, not one an attempt.
             if was_connected {
-                log::error!("the broker is lost: {err:#}");
+                log::error!("the broker is lost: {reason}");
                 backoff.reset();
-            } else if !told {
-                log::warn!("the broker is not available, trying until it is: {err:#}");
+            } else if told != reason {
+                log::warn!("the broker is not available, trying until it is: {reason}");
             }
-            told = !was_connected;
+            told = reason;
             for job in self.jobs.try_iter() {
                 job.settle(Verdict::Refused);
             }
@@ -190,7 +191,12 @@ impl Worker {
                 // that does not answer.
                 drop(leash);
                 drop(channel);
-                drop(connection);
+                // Only the end of the connection knows why its channels fell silent.
+                if let Err(cause) = connection.close()
+                    && matches!(&talked, Err(err) if err.is::<RecvError>())
+                {
+                    bail!(cause);
+                }
             }
         }
         talked

@@ -60,7 +60,7 @@ pub enum Outcome<T> {
     Missing,
 }
 
-/// Succeeds when the database answers.
+/// Succeeds when the database answers; a read-only one is enough for most of the work.
 pub fn ping(db: &mut Db) -> Result<(), Error> {
     db.client.query_one(&db.statements.ping, &[]).map(drop)
 }
