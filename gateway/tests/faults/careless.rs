@@ -69,6 +69,7 @@ fn billing() -> anyhow::Result<()> {
         .host(&var("BILLING_DB_HOST"))
         .port(var("BILLING_DB_PORT").parse()?)
         .dbname(&var("BILLING_DB_NAME"))
+        .application_name("billing")
         .user(&var("POSTGRES_SUPERUSER"))
         .password(var("POSTGRES_SUPERUSER_PASSWORD"))
         .connect(postgres::NoTls)?;
@@ -85,6 +86,7 @@ fn billing() -> anyhow::Result<()> {
             "insert into orders (user_id, number_of_items, total_amount) values ($1, 1, 1.25)",
             &[&user],
         );
+        anyhow::ensure!(!db.is_closed(), "the database is gone");
     }
     anyhow::bail!("the broker is gone")
 }

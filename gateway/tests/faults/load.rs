@@ -15,7 +15,7 @@ use crate::harness::agent;
 use crate::platform::Platform;
 
 /// How soon all must be well again once a fault is over, in seconds.
-pub(crate) const RECOVERY: u64 = 30;
+pub(crate) const RECOVERY: u64 = 60;
 
 /// What has not come so long after the last that came is lost.
 const STILL: Duration = Duration::from_secs(5);
@@ -95,6 +95,11 @@ impl Load {
     /// How many things were acknowledged until now.
     pub(crate) fn acknowledged(&self) -> usize {
         self.shared.ledger().acknowledged.len()
+    }
+
+    /// Whether these clients post that kind of thing.
+    pub(crate) fn is(&self, what: What) -> bool {
+        (self.what == What::Movies) == (what == What::Movies)
     }
 
     /// Waits until the clients are told again that things are done.

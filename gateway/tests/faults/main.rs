@@ -7,14 +7,18 @@
 //!
 //! `provision/local faults --help` runs it on servers of its own.
 
+mod broker;
 mod careless;
+mod database;
 mod delivery;
 // The other tests use the rest of it.
 #[allow(dead_code)]
 #[path = "../gateway/harness.rs"]
 mod harness;
 mod load;
+mod outage;
 mod platform;
+mod retry;
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -25,7 +29,7 @@ use std::time::{Duration, Instant, SystemTime};
 use platform::Platform;
 
 /// Every case, in the order in which they run.
-const CASES: &[&[Case]] = &[delivery::CASES];
+const CASES: &[&[Case]] = &[delivery::CASES, broker::CASES, database::CASES, retry::CASES];
 
 const USAGE: &str = "\
 provision/local faults [CASE…] [--long] [--seed N] [--no-controls] [--list]

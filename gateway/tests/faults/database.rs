@@ -1,0 +1,264 @@
+//! PostgreSQL is hurt while orders are booked and movies are written.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use chassis::testing::var;
+use postgres::Client;
+
+use crate::Case;
+use crate::load::What;
+use crate::outage::{Fault, case, outage};
+use crate::platform::Platform;
+
+pub(crate) const CASES: &[Case] = &[
+    case(&KILLED, |run| outage(run, &KILLED)),
+    case(&RESTARTED, |run| outage(run, &RESTARTED)),
+    case(&STOPPED, |run| outage(run, &STOPPED)),
+    case(&SESSION_KILLED, |run| outage(run, &SESSION_KILLED)),
+    case(&SESSIONS_ENDED, |run| outage(run, &SESSIONS_ENDED)),
+    case(&LOCKED, |run| outage(run, &LOCKED)),
+    case(&EXHAUSTED, |run| outage(run, &EXHAUSTED)),
+    case(&READ_ONLY, |run| outage(run, &READ_ONLY)),
+    case(&DISK_FULL, |run| outage(run, &DISK_FULL)),
+];
+
+/// Those that need no more rights than the tests have.
+pub(crate) const FAULTS: &[&Fault] = &[
+    &KILLED,
+    &RESTARTED,
+    &STOPPED,
+    &SESSION_KILLED,
+    &SESSIONS_ENDED,
+    &LOCKED,
+    &EXHAUSTED,
+    &READ_ONLY,
+];
+
+const BILLING: &[&str] = &["billing"];
+
+const KILLED: Fault = Fault {
+    name: "database-killed",
+    hold_ms: (500, 3_000),
+    unhurt: What::Orders,
+    noticed_by: BILLING,
+    logged: "",
+    inject: |platform| {
+        platform.servers("kill", &["postgres"]);
+        Box::new(|platform| drop(platform.servers("start", &[])))
+    },
+};
+
+const RESTARTED: Fault = Fault {
+    name: "database-restarted",
+    hold_ms: (0, 3_000),
+    unhurt: What::Orders,
+    noticed_by: BILLING,
+    logged: "",
+    inject: |platform| {
+        platform.servers("stop", &["postgres"]);
+        Box::new(|platform| drop(platform.servers("start", &[])))
+    },
+};
+
+const STOPPED: Fault = Fault {
+    name: "database-stopped",
+    hold_ms: (2_000, 20_000),
+    unhurt: What::Orders,
+    noticed_by: BILLING,
+    logged: "",
+    inject: |platform| {
+        platform.servers("kill", &["postgres", "STOP"]);
+        Box::new(|platform| drop(platform.servers("kill", &["postgres", "CONT"])))
+    },
+};
+
+/// A session dies, as by the kernel's hand: PostgreSQL ends all the others and recovers.
+const SESSION_KILLED: Fault = Fault {
+    name: "database-session-killed",
+    hold_ms: (500, 3_000),
+    unhurt: What::Orders,
+    noticed_by: &[],
+    logged: "",
+    inject: |platform| {
+        let find = "select pid from pg_stat_activity where application_name = 'billing' limit 1";
+        let pid: i32 = platform.connect("BILLING_DB_NAME").query_one(find, &[]).unwrap().get(0);
+        let killed = Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap();
+        assert!(killed.success());
+        Box::new(|platform| drop(platform.servers("start", &[])))
+    },
+};
+
+const SESSIONS_ENDED: Fault = Fault {
+    name: "database-sessions-ended",
+    hold_ms: (0, 0),
+    unhurt: What::Orders,
+    noticed_by: &[],
+    logged: "",
+    inject: |platform| {
+        let mut admin = platform.connect("BILLING_DB_NAME");
+        for _ in 0..20 {
+            end_sessions(&mut admin);
+            thread::park_timeout(Duration::from_millis(100));
+        }
+        Box::new(|_| ())
+    },
+};
+
+const LOCKED: Fault = Fault {
+    name: "database-orders-locked",
+    hold_ms: (4_000, 20_000),
+    unhurt: What::Orders,
+    noticed_by: BILLING,
+    logged: "",
+    inject: |platform| {
+        let mut admin = platform.connect("BILLING_DB_NAME");
+        admin.batch_execute("begin; lock table orders in access exclusive mode").unwrap();
+        Box::new(|_| drop(admin))
+    },
+};
+
+/// No connection is left for the services, and those they had are ended. By a limit on their
+/// roles, which gives the same error (53300) as a full server, at once.
+const EXHAUSTED: Fault = Fault {
+    name: "database-connections-gone",
+    hold_ms: (1_000, 10_000),
+    unhurt: What::Orders,
+    noticed_by: BILLING,
+    logged: "too many connections",
+    inject: |platform| {
+        let limit = |platform: &Platform, connections: i32| {
+            let mut admin = platform.connect("BILLING_DB_NAME");
+            for role in [var("BILLING_DB_USER"), var("INVENTORY_DB_USER")] {
+                let alter = format!("alter role {role} connection limit {connections}");
+                admin.batch_execute(&alter).unwrap();
+            }
+            end_sessions(&mut admin);
+        };
+        limit(platform, 0);
+        Box::new(move |platform| limit(platform, -1))
+    },
+};
+
+/// As after a failover to a replica, or by an operator's hand.
+const READ_ONLY: Fault = Fault {
+    name: "database-read-only",
+    hold_ms: (1_000, 10_000),
+    unhurt: What::Orders,
+    noticed_by: BILLING,
+    logged: "read-only transaction",
+    inject: |platform| {
+        let set = |platform: &Platform, what: &str| {
+            let mut admin = platform.connect("BILLING_DB_NAME");
+            admin.batch_execute(what).unwrap();
+            admin.batch_execute("select pg_reload_conf()").unwrap();
+        };
+        set(platform, "alter system set default_transaction_read_only = on");
+        Box::new(move |platform| set(platform, "alter system reset default_transaction_read_only"))
+    },
+};
+
+/// The tables move to a small disk, which somebody fills.
+const DISK_FULL: Fault = Fault {
+    name: "database-disk-full",
+    hold_ms: (3_000, 10_000),
+    unhurt: What::Orders,
+    noticed_by: &[],
+    logged: "No space left on device",
+    inject: |platform| {
+        let disk = SmallDisk::mount(platform);
+        let folder = disk.folder.display().to_string();
+        let run = |platform: &Platform, database: &str, statements: &[String]| {
+            let mut admin = platform.connect(database);
+            for statement in statements {
+                admin.batch_execute(statement).unwrap();
+            }
+        };
+        let tables = [
+            ("BILLING_DB_NAME", &["orders", "processed_messages"][..]),
+            ("INVENTORY_DB_NAME", &["movies"][..]),
+        ];
+        run(platform, "BILLING_DB_NAME", &[format!("create tablespace small location '{folder}'")]);
+        let move_to = move |platform: &Platform, place: &str| {
+            for (database, names) in tables {
+                let alter = |name| format!("alter table {name} set tablespace {place}");
+                run(platform, database, &names.iter().map(alter).collect::<Vec<_>>());
+            }
+        };
+        move_to(platform, "small");
+        disk.fill();
+        Box::new(move |platform| {
+            disk.make_room();
+            move_to(platform, "pg_default");
+            run(platform, "BILLING_DB_NAME", &["drop tablespace small".to_owned()]);
+            drop(disk);
+        })
+    },
+};
+
+/// The sessions of the services.
+const THEIRS: &str = "from pg_stat_activity where application_name in ('billing', 'inventory')";
+
+fn end_sessions(admin: &mut Client) {
+    admin.execute(&format!("select pg_terminate_backend(pid) {THEIRS}"), &[]).unwrap();
+}
+
+/// A disk in memory, for PostgreSQL's user alone.
+struct SmallDisk {
+    folder: PathBuf,
+}
+
+impl SmallDisk {
+    /// One on which the databases have little room left.
+    fn mount(platform: &Platform) -> SmallDisk {
+        let mut admin = platform.connect("BILLING_DB_NAME");
+        let row = admin
+            .query_one(
+                "select current_setting('data_directory'),
+                        (sum(pg_database_size(datname)) / 1024)::bigint
+                 from pg_database",
+                &[],
+            )
+            .unwrap();
+        let owner = std::fs::metadata(row.get::<_, String>(0)).unwrap();
+        let folder = std::env::temp_dir().join(format!("matinee-{}-disk", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let disk = SmallDisk { folder };
+        let kib = row.get::<_, i64>(1) + (32 << 10);
+        let options = format!("size={kib}k,mode=0700,uid={},gid={}", owner.uid(), owner.gid());
+        let mount = ["-t", "tmpfs", "-o", &options, "tmpfs"];
+        let mounted = Command::new("mount").args(mount).arg(&disk.folder).status().unwrap();
+        assert!(
+            mounted.success(),
+            "a small disk can be mounted only by root: run this case as root"
+        );
+        disk
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.folder.join("filler")
+    }
+
+    /// Until it takes no byte more.
+    fn fill(&self) {
+        let mut file = File::create(self.filler()).unwrap();
+        while file.write_all(&[0; 1 << 16]).is_ok() {}
+        while file.write_all(&[0]).is_ok() {}
+    }
+
+    fn make_room(&self) {
+        std::fs::remove_file(self.filler()).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.folder).status();
+        let _ = std::fs::remove_dir(&self.folder);
+    }
+}
