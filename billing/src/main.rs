@@ -41,8 +41,10 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 fn serve() -> anyhow::Result<()> {
-    let config = Config::from_env(Env::load())?;
+    let mut config = Config::from_env(Env::load())?;
     let _log = logging::init(config.log_level, env!("CARGO_CRATE_NAME"))?;
+    // Beside its clients: the database, and the broker for consuming and publishing.
+    config.http.fit_descriptors(1, 8);
     metrics::register();
     let stop = Stop::on_signals()?;
     let consuming = Arc::new(AtomicBool::new(false));

@@ -44,6 +44,11 @@ const SLACK: usize = 16;
 /// burst of connects the threads need a moment to read what is already there.
 const UNTOUCHABLE: Duration = Duration::from_millis(20);
 
+/// How many connections are looked at to find one that can make room. Those that have
+/// waited longest are the slow ones; if even they wait for us, there is more to do than
+/// can be done, and the search among all would only keep everybody from doing it.
+const ASKED_TO_LEAVE: usize = 8;
+
 /// How often `accept` looks up to see whether it is time to stop.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -58,6 +63,9 @@ const READ: usize = 4 << 10;
 /// A body that is small enough leaves in one write with its head.
 const WRITE_BUFFER: usize = 16 << 10;
 
+/// Room for the size of a piece in hexadecimal and the end of that line.
+const CHUNK_HEAD: usize = 6;
+
 /// A client must take its answer at this rate at least, in bytes a second, after
 /// the first write timeout; a reader slower than that holds a thread for nothing.
 const MIN_WRITE_RATE: u64 = 16 << 10;
@@ -71,8 +79,12 @@ const LINGER_BYTES: usize = 16 << 20;
 const COMPLAIN: Duration = Duration::from_secs(10);
 const EVICTED_AT_ONCE: usize = 8;
 
-/// How many refused connections are kept for that long.
+/// How many refused connections are kept for that long, at most.
 const REFUSED: usize = 256;
+
+/// Descriptors for everything but clients: the standard streams, the listeners, the
+/// clients of the metrics, the broker's connection, probes, and some to spare.
+const OWN_DESCRIPTORS: usize = 32;
 
 /// Linux's `MSG_PEEK | MSG_DONTWAIT`.
 const PEEK_AT_ONCE: i32 = 0x02 | 0x40;
@@ -144,6 +156,38 @@ impl Config {
             },
         }
     }
+}
+
+impl Config {
+    /// Lowers the number of connections to what the process may have open (`ulimit -n`),
+    /// where each takes `each` descriptors and `others` are kept for connections to
+    /// other servers: a client that comes in and finds no descriptor left for the
+    /// database or the service behind is served worse than one that waits outside.
+    pub fn fit_descriptors(&mut self, each: usize, others: usize) {
+        let Some(allowed) = descriptors() else { return };
+        let threads = self.limits.threads.min(places(allowed, each, others));
+        if threads < self.limits.threads {
+            log::warn!(
+                "{threads} connections at once instead of {}: the process may have {allowed} \
+                 descriptors open (ulimit -n)",
+                self.limits.threads,
+            );
+            self.limits.threads = threads;
+        }
+    }
+}
+
+/// How many connections fit in so many descriptors, at least one: beside those that are
+/// in there are as many that were refused and some on their way out.
+fn places(allowed: usize, each: usize, others: usize) -> usize {
+    (allowed.saturating_sub(OWN_DESCRIPTORS + others + SLACK) / (each + 1)).max(1)
+}
+
+/// The soft limit of this process; `None` where there is none.
+fn descriptors() -> Option<usize> {
+    let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    line.split_whitespace().next()?.parse().ok()
 }
 
 impl Limits {
@@ -246,7 +290,7 @@ where
     fn serve(self: &Arc<Self>, listener: TcpListener) -> anyhow::Result<()> {
         // Linux lets SO_RCVTIMEO bound an accept too.
         SockRef::from(&listener).set_read_timeout(Some(TICK))?;
-        let mut refused = Refused::default();
+        let mut refused = Refused { most: REFUSED.min(self.limits.threads), ..Refused::default() };
         let mut complained: Option<Instant> = None;
         while !self.stop.raised() {
             match listener.accept() {
@@ -347,13 +391,15 @@ where
         let waiting = house.connections.iter().filter_map(|(key, connection)| {
             let (phase, since) = connection.waiting()?;
             let touchable = phase == Phase::Idle || since.elapsed() >= UNTOUCHABLE;
-            touchable.then_some((phase != Phase::Idle, since, *key))
+            touchable.then_some((phase != Phase::Idle, since, *key, phase))
         });
-        let mut waiting: Vec<(bool, Instant, u64)> = waiting.collect();
+        let mut waiting: Vec<(bool, Instant, u64, Phase)> = waiting.collect();
         waiting.sort_unstable();
-        for (_, _, key) in waiting {
-            let evicted =
-                |connection: &Arc<Connection>| !connection.has_unread() && connection.evict();
+        for (_, _, key, phase) in waiting.into_iter().take(ASKED_TO_LEAVE) {
+            let evicted = |connection: &Arc<Connection>| {
+                // Who does not take the answer may have sent whatever.
+                (phase == Phase::Writing || !connection.has_unread()) && connection.evict()
+            };
             if house.connections.get(&key).is_some_and(evicted) {
                 house.connections.remove(&key);
                 metrics::EVICTED.inc();
@@ -500,7 +546,11 @@ impl Connection {
 /// Connections that were told 503, kept for a moment so that closing them with
 /// their request unread does not take the answer away.
 #[derive(Default)]
-struct Refused(VecDeque<(Instant, TcpStream)>);
+struct Refused {
+    most: usize,
+    /// The oldest first.
+    streams: VecDeque<(Instant, TcpStream)>,
+}
 
 impl Refused {
     fn refuse(&mut self, stream: TcpStream) {
@@ -519,23 +569,28 @@ impl Refused {
         let _ = stream.set_nonblocking(true);
         let _ = (&stream).write(answer.as_bytes());
         let _ = stream.shutdown(Shutdown::Write);
-        self.0.push_back((Instant::now(), stream));
-        if self.0.len() > REFUSED {
-            self.0.pop_front();
+        self.streams.push_back((Instant::now(), stream));
+        if self.streams.len() > self.most {
+            self.streams.pop_front();
         }
         self.sweep();
     }
 
+    /// Drops those at the front that have ended or had their time. Not all are looked
+    /// at: in a flood of clients that would cost each refusal a call for every other.
     fn sweep(&mut self) {
         let mut dropped = [0; 4096];
-        self.0.retain(|(since, stream)| {
+        while let Some((since, stream)) = self.streams.front() {
             let ended = matches!((&*stream).read(&mut dropped), Ok(0));
-            !ended && since.elapsed() < LINGER
-        });
+            if !ended && since.elapsed() < LINGER {
+                return;
+            }
+            self.streams.pop_front();
+        }
     }
 
     fn clear(&mut self) {
-        self.0.clear();
+        self.streams.clear();
     }
 }
 
@@ -877,7 +932,7 @@ impl<H> Writer<'_, '_, H> {
         let whole = size.is_none() && filled < WRITE_BUFFER;
         let length = if whole { Some(filled) } else { size };
 
-        let mut out = Vec::with_capacity(512 + start.len());
+        let mut out = Vec::with_capacity((1 << 10) + start.len());
         write!(out, "HTTP/1.1 {status} {}\r\n", reason(status))?;
         let mut announced = None;
         for (name, value) in &headers {
@@ -920,18 +975,27 @@ impl<H> Writer<'_, '_, H> {
         }
         let chunked = length.is_none() && !asked.http10;
         append(&mut out, &start, chunked);
-        self.put(&out, start.len())?;
-        let mut left = length.map(|length| length - start.len());
-        let mut piece = start;
+        drop(start);
+        self.put(&out, filled)?;
+        drop(out);
+        let mut left = length.map(|length| length - filled);
+        // One buffer, with room for what makes a chunk: a slow reader keeps it for long.
+        let mut buffer = Vec::new();
         while left != Some(0) {
-            piece.resize(left.unwrap_or(WRITE_BUFFER).min(WRITE_BUFFER), 0);
-            let read = read_some(&mut body, &mut piece)?;
+            buffer.resize(CHUNK_HEAD + WRITE_BUFFER + 2, 0);
+            let most = left.unwrap_or(WRITE_BUFFER).min(WRITE_BUFFER);
+            let read = read_some(&mut body, &mut buffer[CHUNK_HEAD..][..most])?;
             if read == 0 {
                 break;
             }
-            out.clear();
-            append(&mut out, &piece[..read], chunked);
-            self.put(&out, read)?;
+            let mut piece = CHUNK_HEAD..CHUNK_HEAD + read;
+            if chunked {
+                let size = format!("{read:x}\r\n");
+                buffer[piece.end..][..2].copy_from_slice(b"\r\n");
+                piece = CHUNK_HEAD - size.len()..piece.end + 2;
+                buffer[piece.start..CHUNK_HEAD].copy_from_slice(size.as_bytes());
+            }
+            self.put(&buffer[piece], read)?;
             left = left.map(|left| left - read);
         }
         if left.is_some_and(|left| left > 0) {
@@ -1023,4 +1087,22 @@ fn loggable(path: &str) -> Cow<'_, str> {
 /// How a socket says that its timeout has passed.
 fn is_pause(err: &io::Error) -> bool {
     matches!(err.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_connections_are_let_in_as_there_are_descriptors_for() {
+        assert!(places(1024, 2, 0) > 256, "the usual limit is enough for the usual setting");
+        assert_eq!(places(64, 2, 0), 5);
+        assert_eq!(places(64, 1, 8), 4);
+        assert_eq!(places(16, 2, 0), 1);
+    }
+
+    #[test]
+    fn the_limit_of_this_process_is_known() {
+        assert!(descriptors().is_none_or(|allowed| allowed > 16));
+    }
 }

@@ -447,6 +447,21 @@ fn slow_clients_make_room_too_and_are_told_so() {
 }
 
 #[test]
+fn a_reader_that_takes_nothing_cannot_keep_its_place_by_asking_more() {
+    let server =
+        Running::start(Limits { threads: 4, write_timeout: Duration::from_secs(60), ..limits() });
+    let mut slow: Vec<TcpStream> = (0..4).map(|_| server.connect()).collect();
+    for client in &mut slow {
+        client.write_all(b"GET /endless HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
+        client.read_exact(&mut [0; 100]).unwrap();
+        client.write_all(b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
+    }
+    eventually("a place for a good client", || {
+        server.exchange(b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n").contains("[GET /b h ]")
+    });
+}
+
+#[test]
 fn where_everyone_is_busy_a_newcomer_gets_a_503_at_once() {
     let barrier = Arc::new(Barrier::new(5));
     let held = Arc::clone(&barrier);

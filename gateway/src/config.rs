@@ -86,6 +86,20 @@ impl Config {
             },
         }
     }
+
+    /// Lowers what does not fit in the descriptors that the process may have. Each
+    /// client may need a connection to inventory, and whoever waits for inventory or the
+    /// broker must still leave some places for everything else.
+    pub fn fit_descriptors(&mut self) {
+        let wanted = self.http.limits.threads;
+        self.http.fit_descriptors(2, 0);
+        let threads = self.http.limits.threads;
+        if threads < wanted {
+            let most = (threads * 3 / 4).max(1);
+            self.forward.max_in_flight = self.forward.max_in_flight.min(most);
+            self.publish.max_in_flight = self.publish.max_in_flight.min(most);
+        }
+    }
 }
 
 fn proxies(env: &mut Env) -> Proxies {

@@ -1,7 +1,7 @@
 //! Forwarding to inventory: one agent with a pool of connections, a deadline for
 //! each phase, a limit on how many requests may wait at once, and a breaker.
 
-use std::io::{Cursor, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -267,11 +267,33 @@ fn pass_on(
     if whole {
         return Ok(ResponseBody::from_data(begin));
     }
-    let rest = Cursor::new(begin).chain(reader);
+    let rest = Resumed { begin, taken: 0, rest: reader };
     Ok(match size.and_then(|size| usize::try_from(size).ok()) {
         Some(size) => ResponseBody::from_reader_and_size(rest, size),
         None => ResponseBody::from_reader(rest),
     })
+}
+
+/// An answer whose begin has been read. The begin is given back as soon as it is taken:
+/// a slow client is at the rest for long.
+struct Resumed<R> {
+    begin: Vec<u8>,
+    taken: usize,
+    rest: R,
+}
+
+impl<R: Read> Read for Resumed<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.begin.is_empty() {
+            return self.rest.read(out);
+        }
+        let read = (&self.begin[self.taken..]).read(out)?;
+        self.taken += read;
+        if self.taken == self.begin.len() {
+            self.begin = Vec::new();
+        }
+        Ok(read)
+    }
 }
 
 /// The headers that go on to the other side.

@@ -15,8 +15,9 @@ fn main() -> anyhow::Result<()> {
     let mut env = Env::load();
     let level = logging::level_from_env(&mut env);
     let config = Config::from_env(&mut env);
-    let config = env.finish(config)?;
+    let mut config = env.finish(config)?;
     let _log = logging::init(level, env!("CARGO_CRATE_NAME"))?;
+    config.fit_descriptors();
     metrics::register();
 
     let stop = Stop::on_signals()?;

@@ -19,9 +19,9 @@ use crate::store::{self, Statements, Wanted};
 /// Most movies in one page from the database.
 const PAGE_ROWS: i64 = 500;
 
-/// A page ends with the movie whose text reaches this. Four times as much made long
-/// texts a third faster and would cost 256 slow clients more memory than there is.
-const PAGE_BYTES: i64 = 64 << 10;
+/// A page ends with the movie whose text reaches this. More is faster with long texts,
+/// and costs 256 slow clients more memory than there is.
+const PAGE_BYTES: i64 = 32 << 10;
 
 /// How often a page is tried once the answer has begun: nobody is told "try again"
 /// then, so a busy pool or a restart of the database is rather waited out a little.
