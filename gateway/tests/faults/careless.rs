@@ -1,8 +1,13 @@
 //! Services without their protections, for the controls: what goes wrong with them is
 //! what the campaign must be able to see.
 
+use std::collections::HashMap;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use amiquip::{
     AmqpProperties, ConsumerMessage, ConsumerOptions, Exchange, Publish, QueueDeclareOptions,
@@ -11,6 +16,7 @@ use chassis::broker;
 use chassis::http::{Answer, ok};
 use chassis::problem::Problem;
 use chassis::testing::var;
+use chassis::turns::Turns;
 use chassis::{Env, Stop, server};
 use rouille::Request;
 use serde_json::{Value, json};
@@ -23,6 +29,7 @@ pub(crate) fn run(service: &str) -> ExitCode {
     let result = match service {
         "gateway" => gateway(),
         "billing" => billing(),
+        "inventory" => inventory(),
         _ => Err(anyhow::anyhow!("there is no careless {service}")),
     };
     result.unwrap_err();
@@ -89,4 +96,87 @@ fn billing() -> anyhow::Result<()> {
         anyhow::ensure!(!db.is_closed(), "the database is gone");
     }
     anyhow::bail!("the broker is gone")
+}
+
+/// What the careless inventory has.
+struct Movies {
+    texts: Mutex<HashMap<u64, String>>,
+    last: AtomicU64,
+    /// It does one thing at a time and lets everybody wait.
+    desk: Turns,
+}
+
+/// A thread for each connection, as many as come; no deadline; done for ever with the
+/// first `accept` that fails; forgets to give back what it took, and letters beyond U+FFFF.
+fn inventory() -> anyhow::Result<()> {
+    let listener =
+        TcpListener::bind(format!("{}:{}", var("INVENTORY_HOST"), var("INVENTORY_PORT")))?;
+    let movies = Movies { texts: Mutex::default(), last: AtomicU64::new(0), desk: Turns::new(1) };
+    let movies = Arc::new(movies);
+    for stream in listener.incoming() {
+        let Ok(stream) = stream else { break };
+        let movies = Arc::clone(&movies);
+        let _ = std::thread::Builder::new().spawn(move || {
+            let mut reader = BufReader::new(&stream);
+            while movies.answer(&mut reader, &stream).is_ok() {}
+        });
+    }
+    drop(listener);
+    // Its process lives on, and so nobody starts it anew.
+    loop {
+        std::thread::park();
+    }
+}
+
+impl Movies {
+    fn answer(&self, reader: &mut BufReader<&TcpStream>, mut stream: &TcpStream) -> io::Result<()> {
+        let (mut first, mut length, mut last) = (String::new(), 0, false);
+        reader.read_line(&mut first)?;
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if let Some((name, value)) = line.trim_end().split_once(": ") {
+                let is_length = name.eq_ignore_ascii_case("Content-Length");
+                last |= value == "close";
+                length = if is_length { value.parse().unwrap_or(0) } else { length };
+            } else {
+                break;
+            }
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body)?;
+        let turn = self.desk.take(Duration::from_secs(3600));
+        std::thread::park_timeout(Duration::from_millis(1));
+        drop(turn);
+        let number = self.last.fetch_add(1, Ordering::SeqCst) + 1;
+        Box::leak(vec![1_u8; 4096].into_boxed_slice());
+        if number.is_multiple_of(20) {
+            std::mem::forget(std::fs::File::open("/dev/null")?);
+        }
+        let path = first.split(' ').nth(1).unwrap_or_default();
+        let id = path.strip_prefix("/api/movies/").and_then(|id| id.parse::<u64>().ok());
+        let mut texts = self.texts.lock().unwrap();
+        let (status, text) = match id {
+            _ if first.starts_with("POST") => {
+                let mut movie: Value = serde_json::from_slice(&body)?;
+                movie["id"] = json!(number);
+                for field in ["title", "description"] {
+                    let text = movie[field].as_str().unwrap_or_default();
+                    movie[field] = text.replace(|letter| letter > '\u{ffff}', "?").into();
+                }
+                texts.insert(number, movie.to_string());
+                ("201 Created", movie.to_string())
+            }
+            Some(id) => ("200 OK", texts.get(&id).cloned().unwrap_or_else(|| "{}".into())),
+            None if path.starts_with("/api") => ("200 OK", "[]".to_owned()),
+            None => ("200 OK", "{\"status\":\"ok\"}".to_owned()),
+        };
+        drop(texts);
+        let length = text.len();
+        let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n{text}");
+        stream.write_all(answer.as_bytes())?;
+        if last { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+    }
 }

@@ -9,6 +9,7 @@
 
 mod broker;
 mod careless;
+mod clients;
 mod database;
 mod delivery;
 // The other tests use the rest of it.
@@ -17,8 +18,13 @@ mod delivery;
 mod harness;
 mod load;
 mod outage;
+mod overload;
 mod platform;
 mod retry;
+mod slow;
+mod soak;
+mod texts;
+mod upstream;
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -29,14 +35,26 @@ use std::time::{Duration, Instant, SystemTime};
 use platform::Platform;
 
 /// Every case, in the order in which they run.
-const CASES: &[&[Case]] = &[delivery::CASES, broker::CASES, database::CASES, retry::CASES];
+const CASES: &[&[Case]] = &[
+    delivery::CASES,
+    broker::CASES,
+    database::CASES,
+    retry::CASES,
+    slow::CASES,
+    upstream::CASES,
+    texts::CASES,
+    overload::CASES,
+    soak::CASES,
+];
 
 const USAGE: &str = "\
-provision/local faults [CASE…] [--long] [--seed N] [--no-controls] [--list]
+provision/local faults [CASE…] [--long] [--seed N] [--no-controls]
+                       [--minutes N] [--list]
 
   CASE           those whose name begins so; all of them otherwise
   --long         more of everything: up to an hour
   --seed N       the same random choices as the run that printed N
+  --minutes N    how long the soak is, instead of ten
   --no-controls  without the runs that must fail";
 
 /// One thing that is done to the platform, and what must hold.
@@ -57,6 +75,8 @@ pub(crate) struct Run<'p> {
     pub(crate) platform: &'p mut Platform,
     /// Whether there is time.
     pub(crate) long: bool,
+    /// How long the soak is to be, if somebody has said so.
+    pub(crate) minutes: Option<u64>,
     /// Whether the protection that `Case::control` names is to be taken away.
     pub(crate) control: bool,
     /// For every random choice.
@@ -119,6 +139,7 @@ struct Options {
     cases: Vec<String>,
     long: bool,
     seed: u64,
+    minutes: Option<u64>,
     controls: bool,
 }
 
@@ -160,7 +181,8 @@ fn main() -> ExitCode {
 fn read_options(arguments: Vec<String>) -> Result<Options, ExitCode> {
     let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let seed = u64::from(clock.subsec_nanos());
-    let mut options = Options { cases: Vec::new(), long: false, seed, controls: true };
+    let mut options =
+        Options { cases: Vec::new(), long: false, seed, minutes: None, controls: true };
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -169,6 +191,11 @@ fn read_options(arguments: Vec<String>) -> Result<Options, ExitCode> {
             "--seed" => {
                 let seed = arguments.next().and_then(|seed| seed.parse().ok());
                 options.seed = seed.ok_or_else(|| complain("--seed wants a number"))?;
+            }
+            "--minutes" => {
+                let minutes = arguments.next().and_then(|minutes| minutes.parse().ok());
+                options.minutes =
+                    Some(minutes.ok_or_else(|| complain("--minutes wants a number"))?);
             }
             "--list" => {
                 for case in CASES.iter().copied().flatten() {
@@ -214,6 +241,7 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
             (case.run)(&mut Run {
                 platform: &mut *platform,
                 long: options.long,
+                minutes: options.minutes,
                 control,
                 random,
                 tag,

@@ -32,12 +32,17 @@ pub(crate) enum Program {
     Real,
     /// One without its protection: see [`careless`].
     Careless,
+    /// The service itself, with so few descriptors.
+    Starved(u32),
 }
 
 impl Platform {
     /// Starts the services and waits until they are ready.
     pub(crate) fn start() -> Platform {
-        let stack = Stack::new();
+        let mut stack = Stack::new();
+        for (name, value) in malloc_settings() {
+            stack.set(&name, value);
+        }
         let [inventory, billing, gateway] =
             ["inventory", "billing", "gateway"].map(|name| Supervisor::start(&stack, name));
         let platform = Platform { stack, inventory, billing, gateway };
@@ -159,22 +164,28 @@ impl Platform {
         depth
     }
 
+    /// The sum of a service's metrics whose names begin so.
+    pub(crate) fn metric(&self, service: &str, name: &str) -> f64 {
+        let address = &self.stack.env[&format!("{}_METRICS_LISTEN", service.to_uppercase())];
+        let mut answer = agent().get(format!("http://{address}/metrics")).call().unwrap();
+        let text = answer.body_mut().read_to_string().unwrap();
+        let lines = text.lines().filter(|line| line.starts_with(name));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
     /// Samples the memory of the services until it is asked for the peak.
-    pub(crate) fn watch_memory(&self) -> MemoryWatch {
+    pub(crate) fn watch_memory(&self) -> Watch {
         let services = self.services().map(|(_, supervisor)| Arc::clone(&supervisor.shared));
-        let watch = Arc::new((AtomicBool::new(false), AtomicU64::new(0)));
-        let watched = Arc::clone(&watch);
-        let thread = thread::spawn(move || {
-            while !watched.0.load(Ordering::SeqCst) {
-                let sum = services
-                    .iter()
-                    .map(|service| resident(service.lock().service.child.id()))
-                    .sum();
-                watched.1.fetch_max(sum, Ordering::SeqCst);
-                thread::park_timeout(Duration::from_millis(100));
-            }
-        });
-        MemoryWatch { watch, thread: Some(thread) }
+        Watch::new(move || {
+            services.iter().map(|service| resident(service.lock().service.child.id())).sum()
+        })
+    }
+
+    /// A service's process of this moment.
+    pub(crate) fn pid(&self, service: &str) -> u32 {
+        let mut services = self.services().into_iter();
+        let found = services.find(|(name, _)| *name == service);
+        found.map_or(0, |(_, supervisor)| supervisor.pid())
     }
 }
 
@@ -184,30 +195,69 @@ fn wait_until_alive(stack: &Stack, service: &str) {
     eventually(format!("{service} answers"), RECOVERY, || agent().get(&url).call().ok());
 }
 
-/// Resident memory of a process in bytes; 0 when it has ended.
-pub(crate) fn resident(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+/// What the ecosystem file tells glibc, so that memory is measured as users have it.
+fn malloc_settings() -> Vec<(String, String)> {
+    let file = include_str!("../../../provision/ecosystem.config.js");
+    let settings = file.split_once("const malloc = {").and_then(|(_, rest)| rest.split_once('}'));
+    let settings = settings.map_or("", |(settings, _)| settings);
+    let pairs = settings.split(',').filter_map(|pair| pair.split_once(':'));
+    let pairs: Vec<(String, String)> = pairs
+        .map(|(name, value)| (name.trim().to_owned(), value.trim().trim_matches('\'').to_owned()))
+        .collect();
+    assert!(!pairs.is_empty(), "the ecosystem file has no settings for malloc");
+    pairs
 }
 
-/// See [`Platform::watch_memory`].
-pub(crate) struct MemoryWatch {
-    watch: Arc<(AtomicBool, AtomicU64)>,
+/// Resident memory of a process in bytes; 0 when it has ended.
+pub(crate) fn resident(pid: u32) -> u64 {
+    let line = status_line(pid, "VmRSS:").unwrap_or_default();
+    line.trim_end_matches(" kB").parse::<u64>().unwrap_or(0) * 1024
+}
+
+/// How many threads a process has; 0 when it has ended.
+pub(crate) fn threads(pid: u32) -> usize {
+    status_line(pid, "Threads:").and_then(|line| line.parse().ok()).unwrap_or(0)
+}
+
+/// How many descriptors a process has open; 0 when it has ended.
+pub(crate) fn descriptors(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+fn status_line(pid: u32, name: &str) -> Option<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix(name)).map(|line| line.trim().to_owned())
+}
+
+/// Looks at a number again and again.
+pub(crate) struct Watch {
+    shared: Arc<(AtomicBool, AtomicU64)>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
-impl MemoryWatch {
-    /// Bytes, of the three services together.
+impl Watch {
+    /// Ten times a second, until it is dropped.
+    pub(crate) fn new(look: impl Fn() -> u64 + Send + 'static) -> Watch {
+        let shared = Arc::new((AtomicBool::new(false), AtomicU64::new(0)));
+        let watched = Arc::clone(&shared);
+        let thread = thread::spawn(move || {
+            while !watched.0.load(Ordering::SeqCst) {
+                watched.1.fetch_max(look(), Ordering::SeqCst);
+                thread::park_timeout(Duration::from_millis(100));
+            }
+        });
+        Watch { shared, thread: Some(thread) }
+    }
+
+    /// The largest until now; of memory: bytes, of the three services together.
     pub(crate) fn peak(&self) -> u64 {
-        self.watch.1.load(Ordering::SeqCst)
+        self.shared.1.load(Ordering::SeqCst)
     }
 }
 
-impl Drop for MemoryWatch {
+impl Drop for Watch {
     fn drop(&mut self) {
-        self.watch.0.store(true, Ordering::SeqCst);
+        self.shared.0.store(true, Ordering::SeqCst);
         let _ = self.thread.take().map(thread::JoinHandle::join);
     }
 }
@@ -310,6 +360,12 @@ fn launch(stack: &Stack, name: &str, program: Program) -> Service {
         Program::Careless => {
             let mut command = Command::new(std::env::current_exe().unwrap());
             command.args([careless::ARGUMENT, name]);
+            stack.launch(name, command)
+        }
+        Program::Starved(descriptors) => {
+            let mut command = Command::new("prlimit");
+            let service = stack.command(name);
+            command.arg(format!("--nofile={descriptors}")).arg(service.get_program());
             stack.launch(name, command)
         }
     }

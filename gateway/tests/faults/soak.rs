@@ -1,0 +1,96 @@
+//! Long at 60 %: descriptors, threads and memory stay where they are.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use crate::clients::order;
+use crate::overload::Generator;
+use crate::platform::{Program, descriptors, resident, threads};
+use crate::{Case, Outcome, Run};
+
+pub(crate) const CASES: &[Case] = &[Case {
+    name: "soak",
+    control: "giving back: an inventory that keeps 4 KB a request and a descriptor now and then",
+    short: false,
+    run: soak,
+}];
+
+/// The part of the saturation.
+const PART: f64 = 0.6;
+
+/// Samples of a run; the second and the last fifth are compared.
+const SAMPLES: usize = 50;
+
+/// What is watched of a service: its name, and by how much the mean of the last fifth may
+/// be above that of the second: by a part, and by so many.
+const WATCHED: [(&str, f64, f64); 3] =
+    [("descriptors", 0.05, 4.0), ("threads", 0.05, 4.0), ("KiB", 0.05, 1024.0)];
+
+fn soak(run: &mut Run<'_>) -> Outcome {
+    // The careless service shows in a minute what it is.
+    let whole = run.minutes.map(|minutes| Duration::from_secs(minutes * 60));
+    let whole = whole.unwrap_or(Duration::from_secs(600));
+    let whole = if run.control { whole.min(Duration::from_secs(30)) } else { whole };
+    let mut outcome =
+        Outcome { load: format!("60 % for {} s", whole.as_secs()), ..Outcome::default() };
+    let address = run.platform.stack.address;
+    let target = |port| SocketAddr::from((address, port));
+    let read = "GET /api/movies?limit=20 HTTP/1.1\r\nHost: load\r\n\r\n".as_bytes();
+    let order = order(&run.tag, true);
+    let loads = match run.control {
+        true => {
+            run.platform.inventory.replace(Program::Careless);
+            vec![Generator { target: target(8080), request: read }]
+        }
+        false => vec![
+            Generator { target: target(3000), request: read },
+            Generator { target: target(3000), request: &order },
+        ],
+    };
+    let platform = &*run.platform;
+    let memory = platform.watch_memory();
+    let warm = Duration::from_secs(3);
+    let rates: Vec<f64> = loads.iter().map(|load| PART * load.saturation(warm)).collect();
+    let step = whole / (SAMPLES * loads.len()) as u32;
+    let mut samples: Vec<Vec<f64>> = Vec::new();
+    let begun = Instant::now();
+    for _ in 0..SAMPLES {
+        // In turns: each alone at its 60 %.
+        for (load, rate) in loads.iter().zip(&rates) {
+            let seen = load.open_loop(*rate, step);
+            outcome.acknowledged += seen.good.len();
+            outcome.found += seen.good.len();
+        }
+        let services =
+            if run.control { &["inventory"][..] } else { &["gateway", "inventory", "billing"] };
+        let looked = services.iter().flat_map(|service| {
+            let pid = platform.pid(service);
+            [descriptors(pid) as f64, threads(pid) as f64, resident(pid) as f64 / 1024.0]
+        });
+        samples.push(looked.collect());
+    }
+    println!("  {} samples in {:.0?}, rates {rates:.0?}", samples.len(), begun.elapsed());
+    let names = if run.control { &["inventory"][..] } else { &["gateway", "inventory", "billing"] };
+    for (column, (service, (what, part, number))) in
+        names.iter().flat_map(|service| WATCHED.map(|watched| (service, watched))).enumerate()
+    {
+        let series: Vec<f64> = samples.iter().map(|sample| sample[column]).collect();
+        let (before, after) = second_and_last_fifth(&series);
+        println!("  {service}: {what} {before:.0} then {after:.0}");
+        if after > before * (1.0 + part) + number {
+            outcome.wrong.push(format!("{service}: {what} grew from {before:.0} to {after:.0}"));
+        }
+    }
+    if !run.control {
+        platform.await_empty_queue();
+    }
+    outcome.peak_memory = memory.peak();
+    outcome
+}
+
+/// The means of these two parts.
+fn second_and_last_fifth(series: &[f64]) -> (f64, f64) {
+    let fifth = series.len() / 5;
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+    (mean(&series[fifth..2 * fifth]), mean(&series[series.len() - fifth..]))
+}
