@@ -145,16 +145,6 @@ impl Platform {
         eventually("the queue is empty", 120, || (self.depth(&queue) == 0).then_some(()));
     }
 
-    /// What a service has counted since its start, by the name of the series.
-    pub(crate) fn metric(&self, service: &str, series: &str) -> f64 {
-        let address = &self.stack.env[&format!("{}_METRICS_LISTEN", service.to_uppercase())];
-        let text = agent().get(format!("http://{address}/metrics")).call();
-        let text = text.unwrap().body_mut().read_to_string().unwrap();
-        let value = text.lines().find_map(|line| line.strip_prefix(series)?.trim().parse().ok());
-        // What has labels shows only when it has happened.
-        value.unwrap_or(0.0)
-    }
-
     /// Empties the queue of dead letters; how many there were.
     pub(crate) fn purge_dead_letters(&self) -> usize {
         let queue = format!("{}.dead", var("RABBITMQ_QUEUE"));
