@@ -34,7 +34,7 @@ impl Books {
         let mut backoff = Backoff::default();
         let mut again = false;
         loop {
-            let err = match self.open().and_then(|store| work(store, again)) {
+            let err = match self.open().and_then(|(db, store)| db.within(|| work(store, again))) {
                 Ok(done) => {
                     if self.waiting {
                         log::info!("the database works again");
@@ -69,17 +69,18 @@ impl Books {
     /// Does what may be left undone.
     pub fn try_once(&mut self, work: impl FnOnce(&mut Store) -> Result<(), postgres::Error>) {
         if let Some(store) = &mut self.store
-            && let Err(err) = work(store)
+            && let Err(err) = self.config.within(|| work(store))
         {
             log::debug!("left undone: {}", store::reason(&err));
             self.store = None;
         }
     }
 
-    fn open(&mut self) -> anyhow::Result<&mut Store> {
-        match &mut self.store {
-            Some(store) => Ok(store),
-            none => Ok(none.insert(Store::open(&self.config)?)),
-        }
+    fn open(&mut self) -> anyhow::Result<(&db::Config, &mut Store)> {
+        let store = match &mut self.store {
+            Some(store) => store,
+            none => none.insert(Store::open(&self.config)?),
+        };
+        Ok((&self.config, store))
     }
 }

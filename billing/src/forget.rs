@@ -31,10 +31,10 @@ pub fn run(config: &Config, stop: &Stop) {
 pub fn round(config: &Config, stop: &Stop) -> Result<u64, postgres::Error> {
     let mut store = Store::open(&config.db)?;
     let days = config.message_id_retention_days;
-    store.forget_crashes(days)?;
+    config.db.within(|| store.forget_crashes(days))?;
     let mut forgotten = 0;
     while !stop.raised() {
-        let some = store.forget_message_ids(days, CHUNK)?;
+        let some = config.db.within(|| store.forget_message_ids(days, CHUNK))?;
         forgotten += some;
         if some == 0 {
             break;

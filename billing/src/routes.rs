@@ -31,7 +31,8 @@ impl App {
                 Some(client) => client,
                 None => db.connect().map_err(|_| "no connection")?,
             };
-            let writable = store::is_ready(&mut client).map_err(|_| "the tables cannot be read")?;
+            let writable = db.within(|| store::is_ready(&mut client));
+            let writable = writable.map_err(|_| "the tables cannot be read")?;
             *kept = Some(client);
             if writable { Ok(()) } else { Err("the database is read-only".to_owned()) }
         })?;

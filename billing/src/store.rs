@@ -49,11 +49,12 @@ impl Store {
         let mut client = config.connect()?;
         // A batch behind somebody's lock comes up for air, to see whether it is
         // time to stop, and tries again.
-        client.batch_execute("set lock_timeout = '3s'")?;
+        config.within(|| client.batch_execute("set lock_timeout = '3s'"))?;
         // Ids in one order, so that two processes with the same messages cannot
         // deadlock; orders in the order posted.
-        let book = client.prepare(
-            "with input as (
+        let book = config.within(|| {
+            client.prepare(
+                "with input as (
                  select n, message_id, user_id, number_of_items, cents * 0.01 as total_amount,
                         sha256(convert_to(concat_ws(' ', number_of_items, cents, user_id), 'UTF8'))
                             as digest
@@ -78,7 +79,8 @@ impl Store {
                  order by n
              )
              select message_id from fresh",
-        )?;
+            )
+        })?;
         Ok(Store { client, book })
     }
 

@@ -5,8 +5,10 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::error::SqlState;
@@ -20,8 +22,22 @@ use crate::turns::{Turn, Turns};
 /// How long a connection may have been idle and still be trusted unasked.
 const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 
-/// A connection attempt, and the silence of a dead peer, end after this.
+/// A TCP connect, and the question whether a connection lives, may take so long.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A peer that acknowledges nothing for so long is given up.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// The server is asked for a sign of life after so much silence, then again and again until
+/// [`SILENCE`] is over: an answer may get lost when the question had been received.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Beyond the server's own limit for a statement: then [`within`] gives up.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How often the deadlines are looked at.
+const TICK: Duration = Duration::from_millis(500);
 
 /// Where a service's database is and how it is used.
 #[derive(Clone, Debug)]
@@ -64,7 +80,9 @@ impl Config {
     /// A connection of its own, outside any pool.
     pub fn connect(&self) -> Result<Client, postgres::Error> {
         let statement_timeout = self.statement_timeout.as_millis();
-        postgres::Config::new()
+        let (idle, interval) = (KEEPALIVE_IDLE.as_secs(), KEEPALIVE_INTERVAL.as_secs());
+        let mut config = postgres::Config::new();
+        config
             .host(&self.address.ip().to_string())
             .port(self.address.port())
             .dbname(&self.name)
@@ -72,14 +90,69 @@ impl Config {
             .password(self.password.expose())
             .application_name(&self.application)
             .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_user_timeout(CONNECT_TIMEOUT * 5)
-            .keepalives_idle(Duration::from_secs(30))
+            .tcp_user_timeout(SILENCE)
+            .keepalives_idle(KEEPALIVE_IDLE)
+            .keepalives_interval(KEEPALIVE_INTERVAL)
+            .keepalives_retries(3)
+            // The server, too, shall notice soon that a client is cut off: until then its
+            // transaction keeps its locks, and whoever comes in its place waits for them.
             .options(&format!(
                 "-c statement_timeout={statement_timeout} \
-                 -c idle_in_transaction_session_timeout=60000"
-            ))
-            .connect(NoTls)
+                 -c idle_in_transaction_session_timeout={silence} \
+                 -c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} \
+                 -c tcp_keepalives_count=3 -c tcp_user_timeout={silence}",
+                silence = SILENCE.as_millis(),
+            ));
+        // A server that accepts and says nothing is not noticed by the connect timeout.
+        within(SILENCE, || config.connect(NoTls))
     }
+
+    /// Runs `work`, a short piece of work at the server, under this database's deadline.
+    pub fn within<T>(&self, work: impl FnOnce() -> T) -> T {
+        within(self.statement_timeout + GRACE, work)
+    }
+}
+
+/// Runs `call`; if it takes longer than `limit` the process ends, to be started anew.
+///
+/// The server ends what takes too long, and TCP finds a peer that is gone; what is left is one
+/// whose kernel answers and that itself never does. `postgres` shows nobody its socket, so
+/// nothing can cut it under the call, and the thread and its connection would be lost for ever.
+fn within<T>(limit: Duration, call: impl FnOnce() -> T) -> T {
+    static WATCH: Once = Once::new();
+    WATCH.call_once(|| {
+        let watch = || {
+            loop {
+                thread::sleep(TICK);
+                let now = Instant::now();
+                if deadlines().iter().any(|(_, deadline)| *deadline < now) {
+                    log::error!("the database does not answer: ending, to begin anew");
+                    process::exit(1);
+                }
+            }
+        };
+        let watcher = thread::Builder::new().name("db-deadline".into()).stack_size(64 << 10);
+        if let Err(err) = watcher.spawn(watch) {
+            log::error!("nobody watches the deadlines of the database: {err}");
+        }
+    });
+    /// Also when `call` panics.
+    struct Mark(u64);
+    impl Drop for Mark {
+        fn drop(&mut self) {
+            deadlines().retain(|(mark, _)| *mark != self.0);
+        }
+    }
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let mark = Mark(NEXT.fetch_add(1, Ordering::Relaxed));
+    deadlines().push((mark.0, Instant::now() + limit));
+    call()
+}
+
+/// Of the calls under way, a few at any time.
+fn deadlines() -> MutexGuard<'static, Vec<(u64, Instant)>> {
+    static DEADLINES: Mutex<Vec<(u64, Instant)>> = Mutex::new(Vec::new());
+    DEADLINES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why a question to the database has no answer.
@@ -155,6 +228,8 @@ pub struct Pool<S: Send + 'static> {
     /// r2d2 wakes whoever comes first; this keeps the order.
     turns: Turns,
     timeout: Duration,
+    /// See [`within`].
+    limit: Duration,
     doubts: Arc<AtomicU64>,
 }
 
@@ -164,6 +239,7 @@ impl<S: Send + 'static> Clone for Pool<S> {
             inner: self.inner.clone(),
             turns: self.turns.clone(),
             timeout: self.timeout,
+            limit: self.limit,
             doubts: Arc::clone(&self.doubts),
         }
     }
@@ -175,6 +251,7 @@ impl<S: Send + 'static> Pool<S> {
         metrics::register_pool();
         let doubts = Arc::new(AtomicU64::new(0));
         let (size, timeout) = (config.pool_size, config.pool_timeout);
+        let limit = config.statement_timeout + GRACE;
         let away = Arc::new(AtomicBool::new(false));
         let manager =
             Manager { config, prepare, doubts: Arc::clone(&doubts), away: Arc::clone(&away) };
@@ -184,7 +261,7 @@ impl<S: Send + 'static> Pool<S> {
             .connection_timeout(timeout)
             .error_handler(Box::new(Away(away)))
             .build_unchecked(manager);
-        Pool { inner, turns: Turns::new(size as usize), timeout, doubts }
+        Pool { inner, turns: Turns::new(size as usize), timeout, limit, doubts }
     }
 
     /// Asks a question that changes nothing. When the connection turns out to be
@@ -194,11 +271,12 @@ impl<S: Send + 'static> Pool<S> {
         ask: impl Fn(&mut Conn<S>) -> Result<T, postgres::Error>,
     ) -> Result<T, Error> {
         let (_turn, mut conn) = self.get()?;
-        match ask(&mut conn) {
+        match within(self.limit, || ask(&mut conn)) {
             Err(err) if is_disconnect(&err) => {
                 self.doubts.fetch_add(1, Ordering::SeqCst);
                 drop(conn);
-                Ok(ask(&mut *self.connection(Instant::now() + self.timeout)?)?)
+                let mut conn = self.connection(Instant::now() + self.timeout)?;
+                Ok(within(self.limit, || ask(&mut conn))?)
             }
             other => Ok(other?),
         }
@@ -211,7 +289,7 @@ impl<S: Send + 'static> Pool<S> {
         change: impl FnOnce(&mut Conn<S>) -> Result<T, postgres::Error>,
     ) -> Result<T, Error> {
         let (_turn, mut conn) = self.get()?;
-        change(&mut conn).map_err(|err| {
+        within(self.limit, || change(&mut conn)).map_err(|err| {
             if is_disconnect(&err) {
                 self.doubts.fetch_add(1, Ordering::SeqCst);
             }
@@ -264,7 +342,7 @@ impl<S: Send + 'static> ManageConnection for Manager<S> {
     fn connect(&self) -> Result<Conn<S>, postgres::Error> {
         let proven = self.doubts.load(Ordering::SeqCst);
         let mut client = self.config.connect()?;
-        let statements = (self.prepare)(&mut client)?;
+        let statements = self.config.within(|| (self.prepare)(&mut client))?;
         if self.away.swap(false, Ordering::SeqCst) {
             log::info!("connected to the database again");
         }
