@@ -23,6 +23,9 @@ const STILL: Duration = Duration::from_secs(5);
 /// How long after an error a client waits before its next request.
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// How the gateway says that an answer of inventory's was cut.
+const BROKEN_OFF: &str = "inventory broke off its answer";
+
 /// What clients post.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum What {
@@ -32,6 +35,8 @@ pub(crate) enum What {
     StubbornOrders,
     /// The same without the key: the control.
     StubbornOrdersWithoutKey,
+    /// Movies that are posted again until they are there: what nobody may do on the way.
+    StubbornMovies,
 }
 
 /// Clients at work; they stop when this is dropped.
@@ -82,7 +87,7 @@ impl Load {
             ledger: Mutex::new(Ledger::default()),
         });
         let url = platform.stack.url(match what {
-            What::Movies => "/api/movies",
+            What::Movies | What::StubbornMovies => "/api/movies",
             _ => "/api/billing",
         });
         let clients = (0..clients).map(|client| {
@@ -100,6 +105,11 @@ impl Load {
     /// Whether these clients post that kind of thing.
     pub(crate) fn is(&self, what: What) -> bool {
         (self.what == What::Movies) == (what == What::Movies)
+    }
+
+    /// How many requests were refused or had no answer until now.
+    pub(crate) fn failed(&self) -> usize {
+        self.shared.ledger().open.len()
     }
 
     /// Waits until the clients are told again that things are done.
@@ -128,7 +138,7 @@ impl Load {
         self.end();
         let ledger = std::mem::take(&mut *self.shared.ledger());
         let look = || match self.what {
-            What::Movies => platform.movies(&self.tag),
+            What::Movies | What::StubbornMovies => platform.movies(&self.tag),
             _ => platform.orders(&self.tag),
         };
         let missing = |found: &HashMap<String, usize>| {
@@ -136,7 +146,7 @@ impl Load {
         };
         // What is late is not lost: billing may still be at it. And a double would come
         // with the last redeliveries.
-        if self.what != What::Movies {
+        if !matches!(self.what, What::Movies | What::StubbornMovies) {
             platform.await_empty_queue();
         }
         let mut found = look();
@@ -191,7 +201,7 @@ impl Shared {
                 return;
             }
             let id = format!("{name}-{number}");
-            let stubborn = matches!(what, What::StubbornOrders | What::StubbornOrdersWithoutKey);
+            let stubborn = !matches!(what, What::Orders | What::Movies);
             while !self.post_one(&agent, what, url, &id) && may_go_on() {
                 thread::park_timeout(PAUSE);
                 if !stubborn {
@@ -204,7 +214,7 @@ impl Shared {
     /// Posts one thing and writes down the answer; whether it is done.
     fn post_one(&self, agent: &ureq::Agent, what: What, url: &str, id: &str) -> bool {
         let (success, body) = match what {
-            What::Movies => (201, json!({ "title": id })),
+            What::Movies | What::StubbornMovies => (201, json!({ "title": id })),
             _ => (200, json!({ "user_id": id, "number_of_items": 1, "total_amount": "1.25" })),
         };
         let mut request = agent.post(url).content_type("application/json");
@@ -225,6 +235,8 @@ impl Shared {
                 return true;
             }
             Ok((503 | 504, told)) if told.contains("\"detail\":") => (),
+            // The begin of an answer came, and not its end.
+            Ok((502, told)) if told.contains(BROKEN_OFF) => (),
             Ok((status, told)) => ledger.wrong.push(format!("{id} was told {status} {told}")),
             // The gateway itself was killed, or its connection cut.
             Err(_) => (),

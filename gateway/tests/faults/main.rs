@@ -17,9 +17,13 @@ mod delivery;
 #[path = "../gateway/harness.rs"]
 mod harness;
 mod load;
+mod network;
+mod operations;
 mod outage;
 mod overload;
 mod platform;
+mod poison;
+mod proxy;
 mod retry;
 mod slow;
 mod soak;
@@ -45,6 +49,9 @@ const CASES: &[&[Case]] = &[
     texts::CASES,
     overload::CASES,
     soak::CASES,
+    network::CASES,
+    operations::CASES,
+    poison::CASES,
 ];
 
 const USAGE: &str = "\

@@ -34,6 +34,8 @@ pub(crate) enum Program {
     Careless,
     /// The service itself, with so few descriptors.
     Starved(u32),
+    /// Nothing: somebody else runs it.
+    Absent,
 }
 
 impl Platform {
@@ -331,7 +333,9 @@ impl Supervisor {
         state.service = launch(stack, self.name, program);
         (state.stack, state.program) = (stack.clone(), program);
         drop(state);
-        wait_until_alive(stack, self.name);
+        if program != Program::Absent {
+            wait_until_alive(stack, self.name);
+        }
     }
 
     /// The settings it runs with.
@@ -356,6 +360,11 @@ fn launch(stack: &Stack, name: &str, program: Program) -> Service {
             let mut command = Command::new("prlimit");
             let service = stack.command(name);
             command.arg(format!("--nofile={descriptors}")).arg(service.get_program());
+            stack.launch(name, command)
+        }
+        Program::Absent => {
+            let mut command = Command::new("sleep");
+            command.arg("infinity");
             stack.launch(name, command)
         }
     }

@@ -22,6 +22,12 @@ pub(crate) fn own_address() -> Ipv4Addr {
     Ipv4Addr::new(127, 1 + low, 1 + high, NEXT.fetch_add(1, Ordering::SeqCst))
 }
 
+/// Where the services' programs are.
+pub(crate) fn binaries() -> PathBuf {
+    let beside = || Path::new(env!("CARGO_BIN_EXE_gateway")).with_file_name("");
+    std::env::var_os("MATINEE_BIN_DIR").map_or_else(beside, PathBuf::from)
+}
+
 /// The variables of one stack: what differs from `.env`.
 #[derive(Clone)]
 pub(crate) struct Stack {
@@ -59,9 +65,7 @@ impl Stack {
 
     /// A service's binary with the variables of this stack.
     pub(crate) fn command(&self, service: &str) -> Command {
-        let folder = std::env::var_os("MATINEE_BIN_DIR").map(PathBuf::from);
-        let folder = folder.as_deref().or(Path::new(env!("CARGO_BIN_EXE_gateway")).parent());
-        let path = folder.unwrap_or(Path::new("")).join(service);
+        let path = binaries().join(service);
         assert!(path.exists(), "{} is missing: cargo build --workspace", path.display());
         let mut command = Command::new(path);
         command.envs(&self.env).stdin(Stdio::null()).stdout(Stdio::null());

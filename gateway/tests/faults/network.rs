@@ -1,0 +1,320 @@
+//! What happens between the processes: links that swallow, cut, reset and slow down what
+//! goes through them, by a proxy of the driver.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use chassis::testing::{eventually, var};
+
+use crate::load::{Load, RECOVERY, What};
+use crate::platform::{Platform, Program, wait_until};
+use crate::proxy::{Direction, Mode, Proxy};
+use crate::{Case, Outcome, Run};
+
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "network-all-links",
+        control: "the confirm: a gateway that answers 200 as soon as it has sent",
+        short: true,
+        run: all_links,
+    },
+    Case {
+        name: "network-gateway-inventory",
+        control: "that a POST is never repeated: a client that does",
+        short: false,
+        run: |run| one_link(run, &LINKS[0]),
+    },
+    Case {
+        name: "network-gateway-broker",
+        control: "the confirm: a gateway that answers 200 as soon as it has sent",
+        short: false,
+        run: |run| one_link(run, &LINKS[1]),
+    },
+    Case {
+        name: "network-billing-broker",
+        control: "the acknowledgement after the commit: a consumer that has acknowledged before",
+        short: false,
+        run: |run| one_link(run, &LINKS[2]),
+    },
+    Case {
+        name: "network-billing-database",
+        control: "the acknowledgement after the commit: a consumer that has acknowledged before",
+        short: false,
+        run: |run| one_link(run, &LINKS[3]),
+    },
+    Case {
+        name: "network-inventory-database",
+        control: "that a POST is never repeated: a client that does",
+        short: false,
+        run: |run| one_link(run, &LINKS[4]),
+    },
+    Case {
+        name: "network-packets-dropped",
+        control: "the confirm: a gateway that answers 200 as soon as it has sent",
+        short: false,
+        run: packets_dropped,
+    },
+];
+
+/// Who asks whom.
+struct Link {
+    service: &'static str,
+    /// The variables `_HOST` and `_PORT` by which it finds the other side.
+    other: &'static str,
+}
+
+const LINKS: [Link; 5] = [
+    Link { service: "gateway", other: "INVENTORY" },
+    Link { service: "gateway", other: "RABBITMQ" },
+    Link { service: "billing", other: "RABBITMQ" },
+    Link { service: "billing", other: "BILLING_DB" },
+    Link { service: "inventory", other: "INVENTORY_DB" },
+];
+
+/// Gives each link a proxy, and starts the services anew with these and with `settings`.
+fn through_proxies<'l>(
+    platform: &Platform,
+    links: &'l [Link],
+    settings: &[(&str, u64)],
+    program: impl Fn(&str) -> Program,
+) -> Vec<(&'l Link, Proxy)> {
+    let mut proxies = Vec::new();
+    for (name, supervisor) in platform.services() {
+        let mut stack = platform.stack.clone();
+        for (setting, value) in settings {
+            stack.set(setting, value);
+        }
+        for link in links.iter().filter(|link| link.service == name) {
+            let [host, port] = ["HOST", "PORT"].map(|part| {
+                let variable = format!("{}_{part}", link.other);
+                stack.env.get(&variable).cloned().unwrap_or_else(|| var(&variable))
+            });
+            let target = SocketAddr::new(host.parse().unwrap(), port.parse().unwrap());
+            let proxy = Proxy::start(target);
+            stack.set(&format!("{}_HOST", link.other), proxy.address.ip());
+            stack.set(&format!("{}_PORT", link.other), proxy.address.port());
+            proxies.push((link, proxy));
+        }
+        supervisor.restart(&stack, program(name));
+    }
+    proxies
+}
+
+/// Orders and movies in a stream, and how soon they are where they belong after a fault.
+struct Traffic<'p> {
+    platform: &'p Platform,
+    tag: &'p str,
+    orders: Load,
+    movies: Load,
+}
+
+impl<'p> Traffic<'p> {
+    fn start(platform: &'p Platform, tag: &'p str, clients: usize, movies: What) -> Traffic<'p> {
+        Traffic {
+            platform,
+            tag,
+            orders: Load::start(platform, What::Orders, tag, clients),
+            movies: Load::start(platform, movies, tag, clients),
+        }
+    }
+
+    /// Waits until requests succeed and until all orders are booked that were acknowledged
+    /// by now; how long both took.
+    fn recovers_after(&self, fault: &str) -> Duration {
+        let over = Instant::now();
+        let acknowledged = self.orders.acknowledged();
+        self.orders.flows_again_after(fault);
+        self.movies.flows_again_after(fault);
+        let mut db = self.platform.connect("BILLING_DB_NAME");
+        let mut due = Instant::now();
+        eventually(format!("orders are booked again after {fault}"), RECOVERY, || {
+            if Instant::now() < due {
+                return None;
+            }
+            due = Instant::now() + Duration::from_millis(100);
+            let count = "select count(distinct user_id) from orders where starts_with(user_id, $1)";
+            let booked: i64 = db.query_one(count, &[&self.tag]).unwrap().get(0);
+            (booked as usize >= acknowledged).then_some(())
+        });
+        over.elapsed()
+    }
+
+    fn settle(self, outcome: &mut Outcome) {
+        self.movies.settle(self.platform, outcome);
+        self.orders.settle(self.platform, outcome);
+    }
+}
+
+/// All links at once, with short deadlines.
+fn all_links(run: &mut Run<'_>) -> Outcome {
+    let mut outcome = Outcome { load: "8 clients".into(), ..Outcome::default() };
+    let platform = &*run.platform;
+    let settings = [
+        ("RABBITMQ_HEARTBEAT_S", 2),
+        ("GATEWAY_PUBLISH_TIMEOUT_MS", 1000),
+        ("GATEWAY_FORWARD_TIMEOUT_MS", 2000),
+        ("BILLING_DB_STATEMENT_TIMEOUT_MS", 1000),
+        ("INVENTORY_DB_STATEMENT_TIMEOUT_MS", 1000),
+    ];
+    let control = run.control;
+    let proxies = through_proxies(platform, &LINKS, &settings, |service| match service {
+        "gateway" if control => Program::Careless,
+        _ => Program::Real,
+    });
+    let memory = platform.watch_memory();
+    if control {
+        // It answers 200 to everything: what is swallowed is lost.
+        let orders = Load::start(platform, What::Orders, &run.tag, 2);
+        orders.flows_again_after("the start");
+        proxies.iter().for_each(|(_, proxy)| proxy.set(Mode::Swallow(Direction::Requests)));
+        orders.flows_again_after("what is swallowed was acknowledged");
+        proxies.iter().for_each(|(_, proxy)| proxy.set(Mode::Reset));
+        proxies.iter().for_each(|(_, proxy)| proxy.set(Mode::Pass));
+        orders.settle(platform, &mut outcome);
+        return outcome;
+    }
+    let traffic = Traffic::start(platform, &run.tag, 4, What::Movies);
+    traffic.recovers_after("the start");
+    let faults = [Mode::Swallow(Direction::Answers), Mode::Reset];
+    for round in 0..run.either(1, 5) {
+        for mode in
+            faults.into_iter().chain((round > 0).then_some(Mode::Swallow(Direction::Requests)))
+        {
+            proxies.iter().for_each(|(_, proxy)| proxy.set(mode));
+            wait_until(Instant::now() + Duration::from_millis(run.random.u64(500..1500)));
+            proxies.iter().for_each(|(_, proxy)| proxy.set(Mode::Pass));
+            let took = traffic.recovers_after(&format!("{mode:?}"));
+            println!("  all links, {mode:?}: well after {:.1} s", took.as_secs_f64());
+            outcome.faults += proxies.len();
+        }
+    }
+    traffic.settle(&mut outcome);
+    outcome.peak_memory = memory.peak();
+    outcome
+}
+
+/// Everything that can happen to one link, with the deadlines of `.env`.
+fn one_link(run: &mut Run<'_>, link: &'static Link) -> Outcome {
+    let mut outcome = Outcome { load: "8 clients".into(), ..Outcome::default() };
+    let platform = &*run.platform;
+    // A server whose host answers and that itself does not is given up after this and 5 s.
+    let settings = [("BILLING_DB_STATEMENT_TIMEOUT_MS", 10_000)];
+    let by_the_queue = ["RABBITMQ", "BILLING_DB"].contains(&link.other);
+    let careless = run.control && by_the_queue;
+    let proxies = through_proxies(platform, std::slice::from_ref(link), &settings, |service| {
+        if careless && service == link.service { Program::Careless } else { Program::Real }
+    });
+    let proxy = &proxies[0].1;
+    let memory = platform.watch_memory();
+    let faults = [
+        Mode::Delay(Duration::from_millis(50)),
+        Mode::Swallow(Direction::Requests),
+        Mode::Swallow(Direction::Answers),
+        Mode::Truncate(run.random.usize(1..100)),
+        Mode::Reset,
+        Mode::Refuse,
+    ];
+    if run.control {
+        let what = if by_the_queue { What::Orders } else { What::StubbornMovies };
+        let load = Load::start(platform, what, &run.tag, 4);
+        load.flows_again_after("the start");
+        for direction in [Direction::Requests, Direction::Answers] {
+            proxy.set(Mode::Swallow(direction));
+            wait_until(Instant::now() + Duration::from_secs(2));
+            proxy.set(Mode::Reset);
+            wait_until(Instant::now() + Duration::from_millis(200));
+            proxy.set(Mode::Pass);
+            load.flows_again_after("the link was cut");
+        }
+        load.settle(platform, &mut outcome);
+        return outcome;
+    }
+    let traffic = Traffic::start(platform, &run.tag, 4, What::Movies);
+    traffic.recovers_after("the start");
+    for _ in 0..run.either(1, 2) {
+        for mode in faults {
+            proxy.set(mode);
+            wait_until(Instant::now() + Duration::from_millis(run.random.u64(2000..5000)));
+            proxy.set(Mode::Pass);
+            let name = format!("{} to {}, {mode:?}", link.service, link.other);
+            let took = traffic.recovers_after(&name);
+            println!("  {name}: well after {:.1} s", took.as_secs_f64());
+            outcome.faults += 1;
+        }
+    }
+    traffic.settle(&mut outcome);
+    outcome.peak_memory = memory.peak();
+    outcome
+}
+
+/// Firewall rules that drop what goes to and from a port of this machine, until it is dropped.
+struct Drops(String);
+
+impl Drops {
+    fn on(port: u16) -> Drops {
+        let drops = Drops(format!("matinee_faults_{port}"));
+        let table = &drops.0;
+        nft(&format!(
+            "add table inet {table}
+             add chain inet {table} input {{ type filter hook input priority 0; }}
+             add rule inet {table} input tcp dport {port} drop
+             add rule inet {table} input tcp sport {port} drop"
+        ))
+        .unwrap_or_else(|said| panic!("this case needs root and nft (nftables): {said}"));
+        drops
+    }
+}
+
+impl Drop for Drops {
+    fn drop(&mut self) {
+        let _ = nft(&format!("delete table inet {}", self.0));
+    }
+}
+
+fn nft(commands: &str) -> Result<(), String> {
+    let mut command = Command::new("nft");
+    command.arg(commands).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    let done = command.output().map_err(|err| err.to_string())?;
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    if done.status.success() { Ok(()) } else { Err(said) }
+}
+
+/// Packets are dropped, not refused: no RST tells anybody. One link after the other, longer
+/// than anybody waits for a sign of life.
+fn packets_dropped(run: &mut Run<'_>) -> Outcome {
+    let mut outcome = Outcome { load: "8 clients".into(), ..Outcome::default() };
+    let platform = &*run.platform;
+    let control = run.control;
+    let proxies = through_proxies(platform, &LINKS, &[], |service| match service {
+        "gateway" if control => Program::Careless,
+        _ => Program::Real,
+    });
+    if control {
+        let orders = Load::start(platform, What::Orders, &run.tag, 2);
+        orders.flows_again_after("the start");
+        let drops = Drops::on(proxies[1].1.address.port());
+        orders.flows_again_after("what is dropped was acknowledged");
+        proxies[1].1.set(Mode::Reset);
+        wait_until(Instant::now() + Duration::from_secs(10));
+        drop(drops);
+        proxies[1].1.set(Mode::Pass);
+        orders.settle(platform, &mut outcome);
+        return outcome;
+    }
+    let memory = platform.watch_memory();
+    let traffic = Traffic::start(platform, &run.tag, 4, What::Movies);
+    traffic.recovers_after("the start");
+    for (link, proxy) in &proxies {
+        let drops = Drops::on(proxy.address.port());
+        wait_until(Instant::now() + Duration::from_secs(run.random.u64(8..25)));
+        drop(drops);
+        let name = format!("{} to {}, packets dropped", link.service, link.other);
+        let took = traffic.recovers_after(&name);
+        println!("  {name}: well after {:.1} s", took.as_secs_f64());
+        outcome.faults += 1;
+    }
+    traffic.settle(&mut outcome);
+    outcome.peak_memory = memory.peak();
+    outcome
+}
