@@ -22,6 +22,10 @@ const TOTAL_AMOUNT_RULE: &str =
 /// The largest amount, in cents: what `numeric(14, 2)` holds.
 const TOTAL_AMOUNT_MAX: i64 = 99_999_999_999_999;
 
+/// The largest body of an order, in bytes. Of orders a thousand are in billing's memory at a
+/// time, fields that nobody knows included.
+pub const MAX_BYTES: usize = 16 << 10;
+
 /// An order that keeps the rules.
 #[derive(Debug)]
 pub struct Order {

@@ -32,7 +32,12 @@ fn place_order(app: &App, request: &Request, _: &Params<'_>) -> Result<Response,
         Some(header) => Some(order::idempotency_key(header)?),
         None => None,
     };
-    let order = Order::parse(&http::json_text(request)?)?;
+    let text = http::json_text(request)?;
+    if text.len() > order::MAX_BYTES {
+        let limit = order::MAX_BYTES;
+        return Err(Problem::new(413, format!("an order may have at most {limit} bytes")));
+    }
+    let order = Order::parse(&text)?;
     let id = order.message_id(key.as_deref());
     app.publisher.publish(&id, order.body)?;
     Ok(http::ok(&json!({ "message": "Message posted", "id": id })))

@@ -270,13 +270,12 @@ struct State {
     stack: Stack,
     program: Program,
     service: Service,
-    restarts: usize,
 }
 
 impl Supervisor {
     fn start(stack: &Stack, name: &'static str) -> Supervisor {
         let service = launch(stack, name, Program::Real);
-        let state = State { stack: stack.clone(), program: Program::Real, service, restarts: 0 };
+        let state = State { stack: stack.clone(), program: Program::Real, service };
         let shared = Arc::new(Shared { ending: AtomicBool::new(false), state: Mutex::new(state) });
         let watched = Arc::clone(&shared);
         let thread = thread::spawn(move || {
@@ -284,7 +283,6 @@ impl Supervisor {
                 let mut state = watched.lock();
                 if state.service.child.try_wait().unwrap().is_some() {
                     state.service = launch(&state.stack, name, state.program);
-                    state.restarts += 1;
                 }
                 drop(state);
                 thread::park_timeout(RESTART);
@@ -311,11 +309,6 @@ impl Supervisor {
     /// What it has written since its last start.
     pub(crate) fn log(&self) -> String {
         self.shared.lock().service.log()
-    }
-
-    /// How often it has ended and was started anew.
-    pub(crate) fn restarts(&self) -> usize {
-        self.shared.lock().restarts
     }
 
     /// Runs something else in its place, with the settings it has.

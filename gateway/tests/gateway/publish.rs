@@ -109,6 +109,20 @@ fn what_billing_would_refuse_is_refused_at_the_door_and_nothing_is_queued() {
 }
 
 #[test]
+fn an_order_may_have_16_kib_and_no_more() {
+    let (stack, _gateway, vhost) = gateway();
+    let order = |length: usize| {
+        let begin = r#"{"user_id":1,"number_of_items":1,"total_amount":1,"note":""#;
+        format!("{begin}{}\"}}", "x".repeat(length - begin.len() - 2))
+    };
+    let send = |length| post(&agent(), &stack.url("/api/billing"), &order(length)).unwrap();
+    assert_eq!(send(16 << 10).0, 200);
+    let (status, told) = send((16 << 10) + 1);
+    assert_eq!((status, &told["detail"]), (413, &json!("an order may have at most 16384 bytes")));
+    assert_eq!(queued(&vhost).len(), 1);
+}
+
+#[test]
 fn a_body_of_another_type_is_a_415_with_a_hint_and_none_is_taken_as_json() {
     let (stack, _gateway, _vhost) = gateway();
     let send = |kind: Option<&str>| {
