@@ -174,7 +174,7 @@ fn garbage_goes_to_the_dead_letters_byte_for_byte_and_the_good_pass() {
             0 => format!("not json {number}").into_bytes(),
             1 => vec![0xff, 0xfe, 0, number as u8],
             2 => format!("{{\"user_id\":{number}").into_bytes(),
-            _ => format!("{}{number}", "[".repeat(100_000)).into_bytes(),
+            _ => format!("{}{number}", "[".repeat(60_000)).into_bytes(),
         }
     };
     let mut messages = Vec::new();
