@@ -35,16 +35,27 @@ fn all_killed_in_turn(run: &mut Run<'_>) -> Outcome {
         orders.flows_again_after(fault);
         movies.flows_again_after(fault);
     };
+    let crash = |server: &str| {
+        platform.servers("kill", &[server]);
+        thread::park_timeout(Duration::from_millis(500));
+        platform.servers("start", &[]);
+    };
     flow("the start");
-    for _ in 0..run.either(2, 10) {
+    if run.control {
+        // So that something waits in the queue when the broker dies.
+        platform.billing.signal("STOP");
+        flow("billing was stopped");
+        crash("rabbitmq");
+        platform.billing.signal("CONT");
+        outcome.faults = 1;
+    }
+    for _ in 0..if run.control { 0 } else { run.either(1, 10) } {
         for (name, service) in platform.services() {
             service.kill();
             flow(name);
         }
         for server in ["postgres", "rabbitmq"] {
-            platform.servers("kill", &[server]);
-            thread::park_timeout(Duration::from_millis(500));
-            platform.servers("start", &[]);
+            crash(server);
             flow(server);
         }
         outcome.faults += 5;

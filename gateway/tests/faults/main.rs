@@ -33,7 +33,9 @@ mod upstream;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use platform::Platform;
@@ -120,6 +122,8 @@ pub(crate) struct Outcome {
     pub(crate) peak_memory: u64,
     /// Everything else that must not be.
     pub(crate) wrong: Vec<String>,
+    /// The case itself did not come to its end.
+    broken: bool,
 }
 
 impl Outcome {
@@ -234,15 +238,14 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
     let mut once = |control: bool| {
         let mut hasher = DefaultHasher::new();
         (options.seed, case.name).hash(&mut hasher);
-        let tag = format!(
-            "{}{}-{}",
-            case.name,
-            if control { "-control" } else { "" },
-            hasher.finish() % 10_000
-        );
         let random = fastrand::Rng::with_seed(hasher.finish());
+        // The servers may have been through another run with the same seed.
+        let name = format!("{}{}", case.name, if control { "-control" } else { "" });
+        let tag = format!("{name}-{}", process::id());
         let begun = Instant::now();
-        print!("{}{} … ", case.name, if control { " control" } else { "" });
+        let _guard =
+            must_end(name.clone(), Duration::from_secs(if options.long { 1800 } else { 300 }));
+        print!("{name} … ");
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             platform.restore();
             (case.run)(&mut Run {
@@ -259,7 +262,7 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
             let wrong = vec![text.unwrap_or("it panicked").to_owned()];
-            Outcome { wrong, ..Outcome::default() }
+            Outcome { wrong, broken: true, ..Outcome::default() }
         })
     };
     let outcome = once(false);
@@ -268,11 +271,31 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
         faults.push(format!("{} lost, {} double", outcome.lost, outcome.double));
     }
     faults.truncate(10);
-    if options.controls && once(true).is_clean() {
-        faults.push(format!(
-            "the control found nothing, though this was taken away: {}",
-            case.control
-        ));
+    if options.controls {
+        let control = once(true);
+        if control.broken {
+            faults.push(format!("the control did not come to its end: {}", control.wrong.concat()));
+        } else if control.is_clean() {
+            let taken = case.control;
+            faults.push(format!("the control found nothing, though this was taken away: {taken}"));
+        } else {
+            let Outcome { lost, double, wrong, .. } = &control;
+            println!("  found: {lost} lost, {double} double, {:?}", wrong.first());
+        }
     }
     (outcome.row(case.name), faults)
+}
+
+/// Ends this process, and what it has started, when a case takes longer; until it is dropped.
+fn must_end(name: String, limit: Duration) -> mpsc::Sender<()> {
+    let (guard, ended) = mpsc::channel();
+    thread::spawn(move || {
+        if ended.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{name} does not come to its end: giving up after {limit:?}");
+            let me = process::id().to_string();
+            let _ = process::Command::new("pkill").args(["-KILL", "--parent", &me]).status();
+            process::exit(1);
+        }
+    });
+    guard
 }
