@@ -2,8 +2,10 @@
 //! messages outstanding; the threads of the server wait for theirs with a deadline.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::iter;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use amiquip::{
@@ -31,6 +33,9 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// How long an order waits for a place while the broker confirms others.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How many more orders go out before the thread looks at its other channels again.
+const AT_ONCE: usize = 63;
 
 /// AMQP 0-9-1's delivery mode for a message that survives the broker.
 const PERSISTENT: u8 = 2;
@@ -62,11 +67,24 @@ struct Job {
     id: String,
     body: String,
     deadline: Instant,
-    verdict: Sender<Verdict>,
+    verdict: Reply,
     /// A place among the messages on their way, until the broker has said what became
     /// of this one, also when nobody waits for that any more.
     turn: Turn,
 }
+
+/// Where a verdict is put, once, for the thread that waits for it.
+///
+/// A channel would do, but whoever waits at crossbeam's spins and yields before it
+/// sleeps: for a wait of milliseconds on a busy machine that is CPU taken from those
+/// whose turn it is.
+struct Slot {
+    verdict: OnceLock<Verdict>,
+    waiter: Thread,
+}
+
+/// The side that puts it there; dropped without a verdict, the fate is unknown.
+struct Reply(Arc<Slot>);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Verdict {
@@ -98,21 +116,22 @@ impl Publisher {
 
     /// Returns once the broker has confirmed a persistent copy, and not a moment before.
     pub fn publish(&self, id: &str, body: String) -> Result<(), Problem> {
-        let (verdict, answer) = bounded(1);
+        let answer = Arc::new(Slot { verdict: OnceLock::new(), waiter: thread::current() });
         self.shared.usable().map_err(Problem::unavailable)?;
         let turn =
             self.shared.turns.take_if_moving(PATIENCE).ok_or_else(|| {
                 Problem::unavailable("too many orders wait for the message broker")
             })?;
         let deadline = Instant::now() + self.timeout;
+        let verdict = Reply(Arc::clone(&answer));
         let job = Job { id: id.to_owned(), body, deadline, verdict, turn };
         if self.jobs.try_send(job).is_err() {
             return Err(Problem::unavailable("too many orders wait for the message broker"));
         }
-        let outcome = match answer.recv_deadline(deadline) {
-            Ok(Verdict::Confirmed) => return Ok(()),
-            Ok(Verdict::Refused) => "the message broker did not take the order",
-            Ok(Verdict::Unknown) | Err(_) => {
+        let outcome = match answer.wait_until(deadline) {
+            Some(Verdict::Confirmed) => return Ok(()),
+            Some(Verdict::Refused) => "the message broker did not take the order",
+            Some(Verdict::Unknown) | None => {
                 "the message broker did not confirm the order; it may have arrived or not: \
                  repeat it with the same Idempotency-Key"
             }
@@ -135,6 +154,32 @@ impl Publisher {
     pub fn probe(&self) -> impl Fn() -> Result<(), String> + Send + use<> {
         let shared = Arc::clone(&self.shared);
         move || shared.usable().map_err(str::to_owned)
+    }
+}
+
+impl Slot {
+    fn wait_until(&self, deadline: Instant) -> Option<Verdict> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.verdict.get() {
+                None if !left.is_zero() => thread::park_timeout(left),
+                verdict => return verdict.copied(),
+            }
+        }
+    }
+}
+
+impl Reply {
+    fn put(&self, verdict: Verdict) {
+        if self.0.verdict.set(verdict).is_ok() {
+            self.0.waiter.unpark();
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        self.put(Verdict::Unknown);
     }
 }
 
@@ -227,10 +272,13 @@ impl Worker {
         let mut outstanding = Outstanding::new();
         loop {
             select! {
-                recv(self.jobs) -> job => match job {
-                    Ok(job) => self.send(job, channel, leash, &mut outstanding)?,
-                    Err(_) => return Ok(()),
-                },
+                recv(self.jobs) -> job => {
+                    let Ok(job) = job else { return Ok(()) };
+                    // With it whatever else is there: a look at all channels costs more.
+                    for job in iter::once(job).chain(self.jobs.try_iter().take(AT_ONCE)) {
+                        self.send(job, channel, leash, &mut outstanding)?;
+                    }
+                }
                 recv(confirms) -> confirm => {
                     // An unroutable message is returned first and then confirmed all the same.
                     for returned in returns.try_iter() {
@@ -369,7 +417,6 @@ impl Job {
         };
         metrics::PUBLISHES.with_label_values(&[label]).inc();
         drop(self.turn);
-        // Whoever waited may have given up.
-        let _ = self.verdict.try_send(verdict);
+        self.verdict.put(verdict);
     }
 }
