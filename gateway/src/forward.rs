@@ -12,13 +12,14 @@ use rouille::{Request, Response, ResponseBody};
 use ureq::Agent;
 use ureq::http::{Uri, request, response};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
+use ureq::unversioned::transport::NextTimeout;
 
 use crate::breaker::{Breaker, Permit};
 use crate::config::Forward;
 use crate::limit::seconds_up;
 use crate::metrics;
 use crate::proxies::{Proxies, lines};
+use crate::transport::Plain;
 
 /// An answer up to this size is read whole before it is passed on, so that one
 /// that breaks off is a 502 and not a torn 200, and inventory's thread is free.
@@ -98,9 +99,8 @@ impl Inventory {
             .max_idle_connections_per_host(config.max_in_flight)
             .max_idle_age(MAX_IDLE)
             .build();
-        let connector = DefaultConnector::default();
         Inventory {
-            agent: Agent::with_parts(settings, connector, Fixed(config.inventory)),
+            agent: Agent::with_parts(settings, Plain, Fixed(config.inventory)),
             address: config.inventory,
             turns: Turns::new(config.max_in_flight).shown_by(metrics::FORWARD_IN_FLIGHT.clone()),
             breaker: Breaker::new("inventory", config.breaker.clone()),

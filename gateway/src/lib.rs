@@ -12,6 +12,8 @@ pub mod proxies;
 pub mod publish;
 pub mod routes;
 
+mod transport;
+
 use chassis::health::Probe;
 
 /// What the routes work with.
