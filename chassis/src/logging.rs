@@ -4,6 +4,7 @@
 //! not stop a service. So records wait in bounded memory for a thread that writes them;
 //! what finds no place there, or cannot be written, is dropped and counted.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::mem;
@@ -26,6 +27,11 @@ const WAITING_MAX: usize = 256 * 1024;
 /// Bytes written at once, and of a record with its end of line: POSIX's PIPE_BUF on
 /// Linux, up to which a write to a pipe is never mixed with another process's.
 const WRITE_MAX: usize = 4096;
+
+/// How long a line may wait for others before it is written, unless so many bytes wait:
+/// a thread woken for each line would cost a request as much as reading a movie does.
+const GATHER: Duration = Duration::from_millis(5);
+const GATHERED: usize = 32 * 1024;
 
 /// How long the end of the process waits for a reader that does not read.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
@@ -96,7 +102,8 @@ impl Log for OneLine {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let text = one_line(&record.args().to_string());
+        let text = record.args().to_string();
+        let text = one_line(&text);
         let metadata = record.metadata().clone();
         self.0.log(&Record::builder().metadata(metadata).args(format_args!("{text}")).build());
     }
@@ -108,11 +115,14 @@ impl Log for OneLine {
 
 /// Without control characters, so that no text from outside makes a line of its own or
 /// speaks to a terminal; what is too long without its middle, because ids stand at the end.
-fn one_line(text: &str) -> String {
+fn one_line(text: &str) -> Cow<'_, str> {
     const GAP: &str = " […] ";
     const END: usize = 1024;
     /// Beside time, level and the end of the line.
     const MAX: usize = WRITE_MAX - 64;
+    if text.len() <= MAX && text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return Cow::Borrowed(text);
+    }
     let mut line = String::with_capacity(text.len());
     for letter in text.chars() {
         if letter.is_control() { line.extend(letter.escape_default()) } else { line.push(letter) }
@@ -122,7 +132,7 @@ fn one_line(text: &str) -> String {
         let tail = line.ceil_char_boundary(line.len() - END);
         line.replace_range(head..tail, GAP);
     }
-    line
+    Cow::Owned(line)
 }
 
 /// Gathers the pieces in which simplelog writes a line, the last of which is its end.
@@ -161,6 +171,8 @@ struct Queue {
 struct Waiting {
     lines: Vec<u8>,
     writing: bool,
+    /// Somebody waits until all is written.
+    hurry: bool,
 }
 
 impl Queue {
@@ -174,16 +186,20 @@ impl Queue {
             DROPPED.inc();
             return;
         }
-        let was_empty = waiting.lines.is_empty();
+        let before = waiting.lines.len();
         waiting.lines.extend_from_slice(line);
-        if was_empty && !waiting.writing {
+        let enough = before < GATHERED && waiting.lines.len() >= GATHERED;
+        if (before == 0 || enough) && !waiting.writing {
             self.work.notify_one();
         }
     }
 
     fn flush(&self) {
         let busy = |waiting: &mut Waiting| waiting.writing || !waiting.lines.is_empty();
-        let _ = self.idle.wait_timeout_while(self.lock(), FLUSH_TIMEOUT, busy);
+        let mut waiting = self.lock();
+        waiting.hurry = true;
+        self.work.notify_one();
+        let _ = self.idle.wait_timeout_while(waiting, FLUSH_TIMEOUT, busy);
     }
 
     fn run(&self, mut out: File) {
@@ -194,11 +210,15 @@ impl Queue {
             let mut waiting = self.lock();
             waiting.writing = false;
             if waiting.lines.is_empty() {
+                waiting.hurry = false;
                 self.idle.notify_all();
                 let empty = |waiting: &mut Waiting| waiting.lines.is_empty();
                 let woken = self.work.wait_while(waiting, empty);
                 waiting = woken.unwrap_or_else(PoisonError::into_inner);
             }
+            let few = |waiting: &mut Waiting| waiting.lines.len() < GATHERED && !waiting.hurry;
+            let gathered = self.work.wait_timeout_while(waiting, GATHER, few);
+            waiting = gathered.unwrap_or_else(PoisonError::into_inner).0;
             waiting.writing = true;
             mem::swap(&mut waiting.lines, &mut lines);
             drop(waiting);
@@ -275,7 +295,8 @@ mod tests {
     #[test]
     fn a_long_record_keeps_its_begin_and_its_end() {
         for length in [1900, 2100, 5000, 100_000] {
-            let line = one_line(&format!("begin {} id=7", "é".repeat(length)));
+            let text = format!("begin {} id=7", "é".repeat(length));
+            let line = one_line(&text);
             assert!(line.len() < WRITE_MAX, "{}", line.len());
             assert!(line.starts_with("begin é") && line.ends_with("é id=7"), "{line}");
             assert_eq!(line.contains("[…]"), length > 2000);

@@ -850,9 +850,7 @@ where
                 ["1xx", "2xx", "3xx", "4xx", "5xx"][usize::from(status / 100).clamp(1, 5) - 1];
             metrics::REQUESTS.with_label_values(&[route, method, class]).inc();
             metrics::REQUEST_SECONDS.with_label_values(&[route]).observe(elapsed.as_secs_f64());
-            // Put together here, because the logger takes it piece by piece and looks for
-            // the end of a line in each.
-            let line = format!(
+            log::info!(
                 "{} {} {status} {:.1}ms {}B id={} peer={}{}",
                 asked.method,
                 loggable(&asked.path),
@@ -862,7 +860,6 @@ where
                 self.peer,
                 written.as_ref().err().map(|err| format!(" cut short: {err}")).unwrap_or_default(),
             );
-            log::info!("{line}");
         }
         written
     }
