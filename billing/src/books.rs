@@ -11,13 +11,14 @@ pub struct Books {
     config: db::Config,
     stop: Stop,
     store: Option<Store>,
-    waiting: bool,
+    /// Why it waits, as the log was told; empty while the database works.
+    waiting: String,
 }
 
 impl Books {
     /// Not connected yet.
     pub fn new(config: db::Config, stop: Stop) -> Books {
-        Books { config, stop, store: None, waiting: false }
+        Books { config, stop, store: None, waiting: String::new() }
     }
 
     /// Does the work, and does it again on a new connection as long as the server
@@ -36,9 +37,9 @@ impl Books {
         loop {
             let err = match self.open().and_then(|(db, store)| db.within(|| work(store, again))) {
                 Ok(done) => {
-                    if self.waiting {
+                    if !self.waiting.is_empty() {
                         log::info!("the database works again");
-                        self.waiting = false;
+                        self.waiting.clear();
                     }
                     return Ok(done);
                 }
@@ -46,14 +47,16 @@ impl Books {
             };
             match err.downcast_ref::<postgres::Error>() {
                 Some(cause) if !store::is_data_error(cause) => {
-                    if !self.waiting {
+                    let reason = store::reason(cause);
+                    // One line a reason, not one an attempt.
+                    if self.waiting != reason {
                         // What no waiting mends, somebody has to.
                         let level = match db::is_passing(cause) {
                             true => log::Level::Warn,
                             false => log::Level::Error,
                         };
-                        log::log!(level, "waiting for the database: {}", store::reason(cause));
-                        self.waiting = true;
+                        log::log!(level, "waiting for the database: {reason}");
+                        self.waiting = reason;
                     }
                 }
                 _ => return Err(err),

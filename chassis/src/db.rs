@@ -33,8 +33,10 @@ const SILENCE: Duration = Duration::from_secs(10);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Beyond the server's own limit for a statement: then [`within`] gives up.
-const GRACE: Duration = Duration::from_secs(5);
+/// Beyond the server's own limit for a statement: then [`within`] gives up. Longer than
+/// [`SILENCE`], so that a peer that is cut off is found by TCP, which costs one connection
+/// and not the process.
+const GRACE: Duration = Duration::from_secs(12);
 
 /// How often the deadlines are looked at.
 const TICK: Duration = Duration::from_millis(500);
@@ -104,7 +106,7 @@ impl Config {
                 silence = SILENCE.as_millis(),
             ));
         // A server that accepts and says nothing is not noticed by the connect timeout.
-        within(SILENCE, || config.connect(NoTls))
+        within(GRACE, || config.connect(NoTls))
     }
 
     /// Runs `work`, a short piece of work at the server, under this database's deadline.
