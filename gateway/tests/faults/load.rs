@@ -63,6 +63,8 @@ pub(crate) struct Ledger {
     open: HashSet<String>,
     last: Option<Instant>,
     worst_pause: Duration,
+    /// The same since somebody asked for it: [`Load::pause`].
+    recent_pause: Duration,
     /// Answers that no client should ever see.
     wrong: Vec<String>,
 }
@@ -100,6 +102,11 @@ impl Load {
     /// How many things were acknowledged until now.
     pub(crate) fn acknowledged(&self) -> usize {
         self.shared.ledger().acknowledged.len()
+    }
+
+    /// The longest time, since this was asked last, in which nobody was told that anything is done.
+    pub(crate) fn pause(&self) -> Duration {
+        std::mem::take(&mut self.shared.ledger().recent_pause)
     }
 
     /// Whether these clients post that kind of thing.
@@ -230,6 +237,7 @@ impl Shared {
                 let now = Instant::now();
                 let pause = ledger.last.replace(now).map(|last| now - last).unwrap_or_default();
                 ledger.worst_pause = ledger.worst_pause.max(pause);
+                ledger.recent_pause = ledger.recent_pause.max(pause);
                 ledger.open.remove(id);
                 ledger.acknowledged.insert(id.to_owned());
                 return true;

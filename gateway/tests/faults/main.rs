@@ -16,6 +16,7 @@ mod delivery;
 #[allow(dead_code)]
 #[path = "../gateway/harness.rs"]
 mod harness;
+mod hosts;
 mod load;
 mod network;
 mod operations;
@@ -52,6 +53,7 @@ const CASES: &[&[Case]] = &[
     overload::CASES,
     soak::CASES,
     network::CASES,
+    hosts::CASES,
     operations::CASES,
     poison::CASES,
 ];

@@ -2,7 +2,6 @@
 //! goes through them, by a proxy of the driver.
 
 use std::net::SocketAddr;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use chassis::testing::{eventually, var};
@@ -49,22 +48,16 @@ pub(crate) const CASES: &[Case] = &[
         short: false,
         run: |run| one_link(run, &LINKS[4]),
     },
-    Case {
-        name: "network-packets-dropped",
-        control: "the confirm: a gateway that answers 200 as soon as it has sent",
-        short: false,
-        run: packets_dropped,
-    },
 ];
 
 /// Who asks whom.
-struct Link {
-    service: &'static str,
+pub(crate) struct Link {
+    pub(crate) service: &'static str,
     /// The variables `_HOST` and `_PORT` by which it finds the other side.
-    other: &'static str,
+    pub(crate) other: &'static str,
 }
 
-const LINKS: [Link; 5] = [
+pub(crate) const LINKS: [Link; 5] = [
     Link { service: "gateway", other: "INVENTORY" },
     Link { service: "gateway", other: "RABBITMQ" },
     Link { service: "billing", other: "RABBITMQ" },
@@ -102,15 +95,20 @@ fn through_proxies<'l>(
 }
 
 /// Orders and movies in a stream, and how soon they are where they belong after a fault.
-struct Traffic<'p> {
+pub(crate) struct Traffic<'p> {
     platform: &'p Platform,
     tag: &'p str,
-    orders: Load,
-    movies: Load,
+    pub(crate) orders: Load,
+    pub(crate) movies: Load,
 }
 
 impl<'p> Traffic<'p> {
-    fn start(platform: &'p Platform, tag: &'p str, clients: usize, movies: What) -> Traffic<'p> {
+    pub(crate) fn start(
+        platform: &'p Platform,
+        tag: &'p str,
+        clients: usize,
+        movies: What,
+    ) -> Traffic<'p> {
         Traffic {
             platform,
             tag,
@@ -121,7 +119,7 @@ impl<'p> Traffic<'p> {
 
     /// Waits until requests succeed and until all orders are booked that were acknowledged
     /// by now; how long both took.
-    fn recovers_after(&self, fault: &str) -> Duration {
+    pub(crate) fn recovers_after(&self, fault: &str) -> Duration {
         let over = Instant::now();
         let acknowledged = self.orders.acknowledged();
         self.orders.flows_again_after(fault);
@@ -140,7 +138,7 @@ impl<'p> Traffic<'p> {
         over.elapsed()
     }
 
-    fn settle(self, outcome: &mut Outcome) {
+    pub(crate) fn settle(self, outcome: &mut Outcome) {
         self.movies.settle(self.platform, outcome);
         self.orders.settle(self.platform, outcome);
     }
@@ -242,77 +240,6 @@ fn one_link(run: &mut Run<'_>, link: &'static Link) -> Outcome {
             println!("  {name}: well after {:.1} s", took.as_secs_f64());
             outcome.faults += 1;
         }
-    }
-    traffic.settle(&mut outcome);
-    outcome.peak_memory = memory.peak();
-    outcome
-}
-
-/// Firewall rules that drop what goes to and from a port of this machine, until it is dropped.
-struct Drops(String);
-
-impl Drops {
-    fn on(port: u16) -> Drops {
-        let drops = Drops(format!("matinee_faults_{port}"));
-        let table = &drops.0;
-        nft(&format!(
-            "add table inet {table}
-             add chain inet {table} input {{ type filter hook input priority 0; }}
-             add rule inet {table} input tcp dport {port} drop
-             add rule inet {table} input tcp sport {port} drop"
-        ))
-        .unwrap_or_else(|said| panic!("this case needs root and nft (nftables): {said}"));
-        drops
-    }
-}
-
-impl Drop for Drops {
-    fn drop(&mut self) {
-        let _ = nft(&format!("delete table inet {}", self.0));
-    }
-}
-
-fn nft(commands: &str) -> Result<(), String> {
-    let mut command = Command::new("nft");
-    command.arg(commands).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-    let done = command.output().map_err(|err| err.to_string())?;
-    let said = String::from_utf8_lossy(&done.stderr).into_owned();
-    if done.status.success() { Ok(()) } else { Err(said) }
-}
-
-/// Packets are dropped, not refused: no RST tells anybody. One link after the other, longer
-/// than anybody waits for a sign of life.
-fn packets_dropped(run: &mut Run<'_>) -> Outcome {
-    let mut outcome = Outcome { load: "8 clients".into(), ..Outcome::default() };
-    let platform = &*run.platform;
-    let control = run.control;
-    let proxies = through_proxies(platform, &LINKS, &[], |service| match service {
-        "gateway" if control => Program::Careless,
-        _ => Program::Real,
-    });
-    if control {
-        let orders = Load::start(platform, What::Orders, &run.tag, 2);
-        orders.flows_again_after("the start");
-        let drops = Drops::on(proxies[1].1.address.port());
-        orders.flows_again_after("what is dropped was acknowledged");
-        proxies[1].1.set(Mode::Reset);
-        wait_until(Instant::now() + Duration::from_secs(10));
-        drop(drops);
-        proxies[1].1.set(Mode::Pass);
-        orders.settle(platform, &mut outcome);
-        return outcome;
-    }
-    let memory = platform.watch_memory();
-    let traffic = Traffic::start(platform, &run.tag, 4, What::Movies);
-    traffic.recovers_after("the start");
-    for (link, proxy) in &proxies {
-        let drops = Drops::on(proxy.address.port());
-        wait_until(Instant::now() + Duration::from_secs(run.random.u64(8..25)));
-        drop(drops);
-        let name = format!("{} to {}, packets dropped", link.service, link.other);
-        let took = traffic.recovers_after(&name);
-        println!("  {name}: well after {:.1} s", took.as_secs_f64());
-        outcome.faults += 1;
     }
     traffic.settle(&mut outcome);
     outcome.peak_memory = memory.peak();

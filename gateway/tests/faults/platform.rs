@@ -45,6 +45,11 @@ impl Platform {
         for (name, value) in malloc_settings() {
             stack.set(&name, value);
         }
+        Platform::start_with(stack)
+    }
+
+    /// The same with these settings.
+    pub(crate) fn start_with(stack: Stack) -> Platform {
         let [inventory, billing, gateway] =
             ["inventory", "billing", "gateway"].map(|name| Supervisor::start(&stack, name));
         let platform = Platform { stack, inventory, billing, gateway };

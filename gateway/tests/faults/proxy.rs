@@ -1,13 +1,13 @@
 //! A TCP proxy that spoils what goes through it, in a way that can be changed at any moment.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 
 /// What happens to what is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +68,12 @@ struct Link {
 impl Proxy {
     /// Listens on a free port of `127.0.0.1`.
     pub(crate) fn start(target: SocketAddr) -> Proxy {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Proxy::start_on(Ipv4Addr::LOCALHOST, target)
+    }
+
+    /// The same on another address of this machine.
+    pub(crate) fn start_on(address: Ipv4Addr, target: SocketAddr) -> Proxy {
+        let listener = TcpListener::bind((address, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let state = State { mode: Mode::Pass, connections: Vec::new() };
         let shared =
@@ -136,6 +141,11 @@ impl Shared {
             }
             let Ok(server) = TcpStream::connect(self.target) else { continue };
             let _ = (client.set_nodelay(true), server.set_nodelay(true));
+            // It notices that a client is cut off as soon as the databases do, in whose place it is.
+            let silence = TcpKeepalive::new().with_time(Duration::from_secs(5));
+            let silence = silence.with_interval(Duration::from_secs(2)).with_retries(3);
+            let _ = SockRef::from(&client).set_tcp_keepalive(&silence);
+            let _ = SockRef::from(&client).set_tcp_user_timeout(Some(Duration::from_secs(10)));
             let mut state = self.lock();
             let left = if let Mode::Truncate(bytes) = state.mode { bytes } else { 0 };
             let link =

@@ -33,12 +33,14 @@ pub(crate) fn binaries() -> PathBuf {
 pub(crate) struct Stack {
     pub(crate) address: Ipv4Addr,
     pub(crate) env: BTreeMap<String, String>,
+    /// The network namespaces in which services run; those without one run in this process's own.
+    pub(crate) namespaces: BTreeMap<String, String>,
 }
 
 impl Stack {
     pub(crate) fn new() -> Stack {
         let address = own_address();
-        let mut stack = Stack { address, env: BTreeMap::new() };
+        let mut stack = Stack { address, env: BTreeMap::new(), namespaces: BTreeMap::new() };
         for (service, port, metrics) in
             [("GATEWAY", 3000, 9301), ("INVENTORY", 8080, 9302), ("BILLING", 8081, 9303)]
         {
@@ -55,7 +57,7 @@ impl Stack {
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
-        format!("http://{}:3000{path}", self.address)
+        format!("{}{path}", self.service_url("gateway"))
     }
 
     /// Starts a service's binary.
@@ -78,6 +80,13 @@ impl Stack {
         let number = NEXT.fetch_add(1, Ordering::SeqCst);
         let log = format!("matinee-{}-{service}-{number}.log", self.address);
         let log = std::env::temp_dir().join(log);
+        if let Some(namespace) = self.namespaces.get(service) {
+            // It becomes the program: the process is the service's own.
+            let mut inside = Command::new("ip");
+            inside.args(["netns", "exec", namespace]);
+            inside.arg(command.get_program()).args(command.get_args());
+            command = inside;
+        }
         let file = File::options().create(true).append(true).open(&log).unwrap();
         let child = command
             .envs(&self.env)
@@ -112,7 +121,7 @@ impl Stack {
             "inventory" => 8080,
             _ => 8081,
         };
-        format!("http://{}:{port}", self.address)
+        format!("http://{}:{port}", self.env[&format!("{}_HOST", service.to_uppercase())])
     }
 }
 
