@@ -49,7 +49,7 @@ fn all_killed_in_turn(run: &mut Run<'_>) -> Outcome {
         platform.billing.signal("CONT");
         outcome.faults = 1;
     }
-    for _ in 0..if run.control { 0 } else { run.either(1, 10) } {
+    for _ in 0..if run.control { 0 } else { run.either(1, 5) } {
         for (name, service) in platform.services() {
             service.kill();
             flow(name);
