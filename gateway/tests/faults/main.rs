@@ -174,6 +174,7 @@ fn main() -> ExitCode {
     let (mut rows, mut failed) = (Vec::new(), Vec::new());
     for case in chosen {
         let (row, faults) = run_case(case, &options, &mut platform);
+        println!("  {row}");
         rows.push(row);
         if !faults.is_empty() {
             failed.push(case.name);

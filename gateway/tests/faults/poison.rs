@@ -209,9 +209,18 @@ fn large(run: &mut Run<'_>) -> Outcome {
     if run.control {
         stack.set("BILLING_BATCH_SIZE", 4000);
     }
+    // Nothing can be booked for a while, so that all it takes ahead is in its memory.
+    let mut lock = platform.connect("BILLING_DB_NAME");
+    lock.batch_execute("begin; lock table orders in access exclusive mode").unwrap();
     platform.billing.restart(&stack, Program::Real);
     let queue = var("RABBITMQ_QUEUE");
     let mut peak = 0;
+    let locked_until = Instant::now() + Duration::from_secs(6);
+    eventually("the time of the lock is over", 60, || {
+        peak = peak.max(resident(platform.billing.pid()));
+        (Instant::now() > locked_until).then_some(())
+    });
+    drop(lock);
     eventually("all large messages are dealt with", 300, || {
         peak = peak.max(resident(platform.billing.pid()));
         if peak > LIMIT && run.control {
