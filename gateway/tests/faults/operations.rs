@@ -8,6 +8,7 @@ use chassis::testing::var;
 
 use crate::harness::binaries;
 use crate::load::{Load, What};
+use crate::outage::die_with_orders_in_hand;
 use crate::platform::{Platform, Program, wait_until};
 use crate::{Case, Outcome, Run};
 
@@ -114,10 +115,7 @@ fn operations(run: &mut Run<'_>) -> Outcome {
     if run.control {
         platform.billing.replace(Program::Careless);
         let orders = Load::start(platform, What::Orders, &run.tag, 16);
-        for _ in 0..10 {
-            orders.flows_again_after("a restart of billing");
-            platform.billing.kill();
-        }
+        die_with_orders_in_hand(platform, &run.tag, &orders);
         orders.settle(platform, &mut outcome);
         return outcome;
     }

@@ -123,7 +123,7 @@ impl Drop for Injected<'_> {
 }
 
 /// The control: the careless consumer dies with orders in hand that the broker has forgotten.
-fn die_with_orders_in_hand(platform: &Platform, tag: &str, orders: &Load) {
+pub(crate) fn die_with_orders_in_hand(platform: &Platform, tag: &str, orders: &Load) {
     let before = platform.orders(tag).len();
     eventually("the careless consumer books orders", RECOVERY, || {
         thread::park_timeout(Duration::from_millis(50));

@@ -107,7 +107,8 @@ fn poison(run: &mut Run<'_>) -> Outcome {
         "  {good} good ones alone {alone:.1?}, with bad ones {mixed:.1?}: {ratio:.2} of the speed"
     );
     // The broker alone makes one run half as fast as the other at times; it must not be worse.
-    if ratio < 0.33 {
+    // A short run is over before it says much.
+    if ratio < run.either(0.1, 0.33) {
         outcome.wrong.push(format!("bad messages slow the good ones down to {ratio:.2}"));
     }
     refuses_what_is_too_large(&mut outcome);
