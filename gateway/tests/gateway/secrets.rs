@@ -220,7 +220,9 @@ fn no_log_no_answer_and_no_error_holds_a_credential_or_what_a_client_sent() {
         assert_untold("billing dead-letters", &listed.1, &secrets);
         for (name, service) in SERVICES.iter().zip(&running) {
             service.signal("TERM");
-            assert!(service.log().contains("listening on"), "{}", service.log());
+            eventually(format!("{name} says that it listens"), 20, || {
+                service.log().contains("listening on").then_some(())
+            });
             assert_untold(name, &service.log(), &secrets);
         }
     }
