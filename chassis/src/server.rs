@@ -21,7 +21,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use rouille::{Request, Response};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use uuid::Uuid;
 
 use crate::env::Env;
@@ -40,17 +40,24 @@ const THREAD_IDLE: Duration = Duration::from_secs(10);
 /// Threads over the cap, for connections on their way out.
 const SLACK: usize = 16;
 
-/// How long a client that is in the middle of something may not be evicted: in a
-/// burst of connects the threads need a moment to read what is already there.
+/// How long a client is not evicted that is in the middle of something: in a burst of connects
+/// the threads need a moment to read what is already there. Nor, unless there is nobody else,
+/// one that was just answered: it is about to ask again.
 const UNTOUCHABLE: Duration = Duration::from_millis(20);
+
+/// How long a newcomer waits for a place before it is told that there is none. A client
+/// that is told so at once comes back at once, and then there is less done than refused.
+const PATIENCE: Duration = Duration::from_millis(10);
 
 /// How many connections are looked at to find one that can make room. Those that have
 /// waited longest are the slow ones; if even they wait for us, there is more to do than
 /// can be done, and the search among all would only keep everybody from doing it.
 const ASKED_TO_LEAVE: usize = 8;
 
-/// How often `accept` looks up to see whether it is time to stop.
+/// How often `accept` looks up to see whether it is time to stop, and whether there is a
+/// place for somebody who waits for one.
 const TICK: Duration = Duration::from_millis(100);
+const QUICK_TICK: Duration = Duration::from_millis(2);
 
 /// After a stop: how long connections that look idle may still send a request,
 /// and by when the last answer must be out.
@@ -62,6 +69,9 @@ const READ: usize = 4 << 10;
 
 /// A body that is small enough leaves in one write with its head.
 const WRITE_BUFFER: usize = 16 << 10;
+
+/// What is in memory of a larger one, for each client that takes it.
+const PIECE: usize = 8 << 10;
 
 /// Room for the size of a piece in hexadecimal and the end of that line.
 const CHUNK_HEAD: usize = 6;
@@ -79,12 +89,30 @@ const LINGER_BYTES: usize = 16 << 20;
 const COMPLAIN: Duration = Duration::from_secs(10);
 const EVICTED_AT_ONCE: usize = 8;
 
-/// How many refused connections are kept for that long, at most.
+/// How many refused connections are kept for that long, and how many newcomers wait, at most.
 const REFUSED: usize = 256;
 
 /// Descriptors for everything but clients: the standard streams, the listeners, the
 /// clients of the metrics, the broker's connection, probes, and some to spare.
 const OWN_DESCRIPTORS: usize = 32;
+
+/// After a stop: how long a client that has sent its SYN may take to send the ACK.
+const HANDSHAKE: Duration = Duration::from_millis(10);
+
+/// A socket filter that drops each TCP segment with the flag SYN, which is in byte 13 of the
+/// header (RFC 9293 section 3.1): its client sends it again, to whoever listens by then.
+static DEAF_TO_SYN: [SockFilter; 4] = {
+    // Linux's <linux/bpf_common.h>.
+    const LOAD_BYTE: u16 = 0x30;
+    const JUMP_IF_SET: u16 = 0x45;
+    const RETURN: u16 = 0x06;
+    [
+        SockFilter::new(LOAD_BYTE, 0, 0, 13),
+        SockFilter::new(JUMP_IF_SET, 0, 1, 0x02),
+        SockFilter::new(RETURN, 0, 0, 0),
+        SockFilter::new(RETURN, 0, 0, u32::MAX),
+    ]
+};
 
 /// Linux's `MSG_PEEK | MSG_DONTWAIT`.
 const PEEK_AT_ONCE: i32 = 0x02 | 0x40;
@@ -288,16 +316,23 @@ where
     }
 
     fn serve(self: &Arc<Self>, listener: TcpListener) -> anyhow::Result<()> {
-        // Linux lets SO_RCVTIMEO bound an accept too.
-        SockRef::from(&listener).set_read_timeout(Some(TICK))?;
-        let mut refused = Refused { most: REFUSED.min(self.limits.threads), ..Refused::default() };
+        let most = REFUSED.min(self.limits.threads);
+        let mut lobby = Lobby { most, ..Lobby::default() };
+        let mut tick = Duration::ZERO;
         let mut complained: Option<Instant> = None;
         while !self.stop.raised() {
+            let wanted = if lobby.waiting.is_empty() { TICK } else { QUICK_TICK };
+            if tick != wanted {
+                // Linux lets SO_RCVTIMEO bound an accept too.
+                SockRef::from(&listener).set_read_timeout(Some(wanted))?;
+                tick = wanted;
+            }
             match listener.accept() {
-                Ok((stream, peer)) => {
-                    self.admit(stream, peer, &mut refused);
+                Ok(newcomer) => self.receive(newcomer, &mut lobby),
+                Err(err) if is_pause(&err) => {
+                    self.admit_those_who_wait(&mut lobby);
+                    lobby.sweep();
                 }
-                Err(err) if is_pause(&err) => refused.sweep(),
                 Err(err) if err.kind() == ErrorKind::ConnectionAborted => (),
                 Err(err) => {
                     // Out of descriptors, as a rule: some clients less free some.
@@ -306,22 +341,69 @@ where
                         complained = Some(Instant::now());
                         log::error!("accept fails, trying on: {err}");
                     }
-                    refused.clear();
+                    lobby.refused.clear();
                     for _ in 0..EVICTED_AT_ONCE {
-                        self.evict(&mut self.lock());
+                        self.evict(&mut self.lock(), Duration::ZERO);
                     }
                     self.stop.wait(Duration::from_millis(50));
                 }
             }
         }
-        // Whoever is connected already, if only in the kernel's queue, is still served.
-        listener.set_nonblocking(true)?;
-        while let Ok((stream, peer)) = listener.accept() {
-            stream.set_nonblocking(false)?;
-            self.admit(stream, peer, &mut refused);
+        // Whoever is connected already, if only in the kernel's queue, is still served. The
+        // end of the listener resets whom the kernel has let in since the last look at that
+        // queue: so nobody new is let in, and whoever was half-way is waited for.
+        let door = SockRef::from(&listener);
+        door.attach_filter(&DEAF_TO_SYN)?;
+        door.set_read_timeout(Some(HANDSHAKE))?;
+        while let Ok(newcomer) = listener.accept() {
+            self.receive(newcomer, &mut lobby);
         }
         drop(listener);
+        while let Some((_, newcomer)) = lobby.waiting.pop_front() {
+            if let Err(newcomer) = self.admit(newcomer, Some(Duration::ZERO)) {
+                lobby.refuse(newcomer.0);
+            }
+        }
         self.drain()
+    }
+
+    /// Gives a new connection a place, or a chair to wait for one.
+    fn receive(self: &Arc<Self>, newcomer: Newcomer, lobby: &mut Lobby) {
+        if lobby.waiting.len() == lobby.most {
+            // It has waited for a shorter time than the others, but they are next.
+            lobby.refuse(newcomer.0);
+        } else {
+            lobby.waiting.push_back((Instant::now(), newcomer));
+            lobby.make_room();
+        }
+        self.admit_those_who_wait(lobby);
+    }
+
+    /// In their order; whoever has waited too long is refused.
+    fn admit_those_who_wait(self: &Arc<Self>, lobby: &mut Lobby) {
+        while let Some((since, newcomer)) = lobby.waiting.pop_front() {
+            // In a flood the search for somebody to evict would cost more than all the rest,
+            // and each who is evicted comes back.
+            let ago = |then: Option<Instant>| then.map_or(Duration::MAX, |then| then.elapsed());
+            let overdue = since.elapsed() >= PATIENCE;
+            let idle_for = match overdue && ago(lobby.pressed) >= PATIENCE {
+                true => Some(Duration::ZERO),
+                false => (ago(lobby.searched) >= QUICK_TICK).then_some(UNTOUCHABLE),
+            };
+            match (self.admit(newcomer, idle_for), idle_for) {
+                (Ok(()), Some(Duration::ZERO)) => lobby.pressed = Some(Instant::now()),
+                (Ok(()), _) => (),
+                (Err(newcomer), _) => {
+                    if idle_for.is_some() {
+                        lobby.searched = Some(Instant::now());
+                    }
+                    if !overdue {
+                        return lobby.waiting.push_front((since, newcomer));
+                    }
+                    lobby.refuse(newcomer.0);
+                }
+            }
+        }
     }
 
     /// Waits for the last answers.
@@ -344,17 +426,20 @@ where
             self.bell.wait_timeout_while(self.lock(), left, |house| !house.connections.is_empty());
     }
 
-    /// Gives a new connection a place and a thread, or a 503.
-    fn admit(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr, refused: &mut Refused) {
-        let _ = stream.set_nodelay(true);
-        let _ = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER);
+    /// Gives a new connection a place and a thread; gives it back if there is none. The place
+    /// may be that of somebody else, see [`Server::evict`], unless `idle_for` is none.
+    fn admit(
+        self: &Arc<Self>,
+        (stream, peer): Newcomer,
+        idle_for: Option<Duration>,
+    ) -> Result<(), Newcomer> {
         let mut house = self.lock();
         let full = house.connections.len() >= self.limits.threads;
-        if full && !self.evict(&mut house) {
-            drop(house);
-            metrics::REFUSED.inc();
-            return refused.refuse(stream);
+        if full && !idle_for.is_some_and(|idle_for| self.evict(&mut house, idle_for)) {
+            return Err((stream, peer));
         }
+        let _ = stream.set_nodelay(true);
+        let _ = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER);
         let connection = Arc::new(Connection::new(stream, peer, self.started));
         let key = house.next_key;
         house.next_key += 1;
@@ -383,15 +468,16 @@ where
         self.count(&house);
         drop(house);
         self.bell.notify_one();
+        Ok(())
     }
 
-    /// Ends the connection that has waited longest, idle ones first, but none that
-    /// waits for us: with something to read in its socket.
-    fn evict(&self, house: &mut House) -> bool {
+    /// Ends the connection that has waited longest, idle ones first if they are idle for so
+    /// long, but none that waits for us: with something to read in its socket.
+    fn evict(&self, house: &mut House, idle_for: Duration) -> bool {
         let waiting = house.connections.iter().filter_map(|(key, connection)| {
             let (phase, since) = connection.waiting()?;
-            let touchable = phase == Phase::Idle || since.elapsed() >= UNTOUCHABLE;
-            touchable.then_some((phase != Phase::Idle, since, *key, phase))
+            let untouchable = if phase == Phase::Idle { idle_for } else { UNTOUCHABLE };
+            (since.elapsed() >= untouchable).then_some((phase != Phase::Idle, since, *key, phase))
         });
         let mut waiting: Vec<(bool, Instant, u64, Phase)> = waiting.collect();
         waiting.sort_unstable();
@@ -543,17 +629,27 @@ impl Connection {
     }
 }
 
-/// Connections that were told 503, kept for a moment so that closing them with
-/// their request unread does not take the answer away.
+/// A connection and the address of its client.
+type Newcomer = (TcpStream, SocketAddr);
+
+/// Connections that have no place: those that wait for one, and those that were told 503,
+/// kept for a moment so that closing them with their request unread does not take the
+/// answer away. The oldest first.
 #[derive(Default)]
-struct Refused {
+struct Lobby {
+    waiting: VecDeque<(Instant, Newcomer)>,
+    refused: VecDeque<(Instant, TcpStream)>,
+    /// Of both together.
     most: usize,
-    /// The oldest first.
-    streams: VecDeque<(Instant, TcpStream)>,
+    /// When nobody was found who could be evicted.
+    searched: Option<Instant>,
+    /// When one was evicted who had been idle for a moment only.
+    pressed: Option<Instant>,
 }
 
-impl Refused {
+impl Lobby {
     fn refuse(&mut self, stream: TcpStream) {
+        metrics::REFUSED.inc();
         let id = Uuid::now_v7();
         let told = "the server has no place left";
         let body = format!(
@@ -569,28 +665,31 @@ impl Refused {
         let _ = stream.set_nonblocking(true);
         let _ = (&stream).write(answer.as_bytes());
         let _ = stream.shutdown(Shutdown::Write);
-        self.streams.push_back((Instant::now(), stream));
-        if self.streams.len() > self.most {
-            self.streams.pop_front();
-        }
+        self.refused.push_back((Instant::now(), stream));
+        self.make_room();
         self.sweep();
+    }
+
+    /// Forgets of those that were refused as many as are too many.
+    fn make_room(&mut self) {
+        while self.waiting.len() + self.refused.len() > self.most {
+            if self.refused.pop_front().is_none() {
+                return;
+            }
+        }
     }
 
     /// Drops those at the front that have ended or had their time. Not all are looked
     /// at: in a flood of clients that would cost each refusal a call for every other.
     fn sweep(&mut self) {
         let mut dropped = [0; 4096];
-        while let Some((since, stream)) = self.streams.front() {
+        while let Some((since, stream)) = self.refused.front() {
             let ended = matches!((&*stream).read(&mut dropped), Ok(0));
             if !ended && since.elapsed() < LINGER {
                 return;
             }
-            self.streams.pop_front();
+            self.refused.pop_front();
         }
-    }
-
-    fn clear(&mut self) {
-        self.streams.clear();
     }
 }
 
@@ -991,8 +1090,8 @@ impl<H> Writer<'_, '_, H> {
         // One buffer, with room for what makes a chunk: a slow reader keeps it for long.
         let mut buffer = Vec::new();
         while left != Some(0) {
-            buffer.resize(CHUNK_HEAD + WRITE_BUFFER + 2, 0);
-            let most = left.unwrap_or(WRITE_BUFFER).min(WRITE_BUFFER);
+            buffer.resize(CHUNK_HEAD + PIECE + 2, 0);
+            let most = left.unwrap_or(PIECE).min(PIECE);
             let read = read_some(&mut body, &mut buffer[CHUNK_HEAD..][..most])?;
             if read == 0 {
                 break;
