@@ -35,7 +35,7 @@ impl Config {
             db: db::Config::from_env(&mut env, "BILLING"),
             broker: broker::Config::from_env(&mut env, "BILLING"),
             queue: env.text("RABBITMQ_QUEUE"),
-            // The broker takes a prefetch of twice that, a 16-bit number.
+            // The broker takes a prefetch of some batches, a 16-bit number.
             batch_size: env.number("BILLING_BATCH_SIZE", 500, 1..=10_000),
             batch_wait: env.millis("BILLING_BATCH_WAIT_MS", 5),
             message_id_retention_days: env.number(

@@ -29,14 +29,23 @@ use crate::order::Order;
 use crate::publish::{CALL_TIMEOUT, durable};
 use crate::store::{self, Entry, Outcome};
 
-/// How often an idle consumer looks whether it is time to stop.
+/// How often an idle consumer looks whether it is time to stop, and whether dead letters
+/// have arrived.
 const TICK: Duration = Duration::from_millis(100);
+const QUICK_TICK: Duration = Duration::from_millis(5);
+
+/// How many batches the broker may send ahead: while one is booked the next must come in,
+/// and with less than this in hand the broker sends in small pieces, which cost it twice.
+const PREFETCHED: usize = 4;
 
 /// How often a message may be in hand alone when the process dies.
 const ATTEMPTS: i32 = 3;
 
-/// How many dead letters are confirmed together.
+/// How many dead letters are on their way at once: a slow broker makes progress, not copies.
 const BURIED_AT_ONCE: usize = 100;
+
+/// How many batches wait at most for one of them.
+const HELD: usize = 2;
 
 /// Longest message id, in characters; AMQP's own limit is 255 bytes.
 const MESSAGE_ID_MAX: usize = 255;
@@ -105,13 +114,15 @@ impl Consumer<'_> {
         consuming: &AtomicBool,
     ) -> anyhow::Result<()> {
         let queue = self.config.queue.as_str();
-        let prefetch = u16::try_from(self.config.batch_size * 2).unwrap_or(u16::MAX);
+        let prefetch = u16::try_from(self.config.batch_size * PREFETCHED).unwrap_or(u16::MAX);
         let consumer = leash.within(CALL_TIMEOUT, || {
             channel.queue_declare(queue, durable())?;
             channel.queue_declare(self.config.dead_queue(), durable())?;
             channel.qos(0, prefetch, false)?;
             channel.basic_consume(queue, ConsumerOptions::default())
         })?;
+        // Of the connection before this one.
+        self.grave.forget();
         log::info!("consuming {queue}");
         metrics::CONNECTED.set(1);
         consuming.store(true, Ordering::SeqCst);
@@ -123,6 +134,7 @@ impl Consumer<'_> {
             ended: None,
             trial: 1,
             parked: Vec::new(),
+            done: Done::default(),
         }
         .run();
         leash.within(CALL_TIMEOUT, || drop(consumer));
@@ -164,8 +176,10 @@ struct Session<'a, 'c> {
     ended: Option<anyhow::Error>,
     /// How many redelivered messages are taken at once.
     trial: usize,
-    /// On their way to the dead letters, not acknowledged yet.
+    /// On their way to the dead letters, in the order in which they came.
     parked: Vec<Parked>,
+    /// Not acknowledged yet.
+    done: Done,
 }
 
 /// A hopeless message.
@@ -176,6 +190,18 @@ struct Parked {
     doubt: Option<i64>,
     /// Its name among the dead letters, the same at each try.
     key: Uuid,
+}
+
+/// What the broker may forget.
+#[derive(Default)]
+struct Done {
+    /// Booked, or among the dead letters.
+    deliveries: Vec<Delivery>,
+    /// Transactions whose orders without a message id are in doubt until the
+    /// broker has seen their acknowledgement.
+    batches: Vec<i64>,
+    /// Doubts whose message is among the dead letters.
+    doubts: Vec<i64>,
 }
 
 /// What is to be done with a message.
@@ -195,8 +221,7 @@ fn hopeless(reason: impl ToString) -> Fate {
 struct Judgement {
     /// One for each message.
     fates: Vec<Fate>,
-    /// Transactions whose orders without a message id are in doubt until the
-    /// broker has seen their acknowledgement.
+    /// See [`Done`].
     batches: Vec<i64>,
 }
 
@@ -221,9 +246,10 @@ impl Session<'_, '_> {
                 // The dead letters cannot be written, and no more may pile up here.
                 self.consumer.stop.wait(TICK);
             }
-            self.bury()?;
+            self.bury();
+            self.acknowledge()?;
         }
-        Ok(())
+        self.acknowledge()
     }
 
     /// A batch: what is there, up to the limit; empty after a quiet tick. The
@@ -233,7 +259,8 @@ impl Session<'_, '_> {
     /// twice as many each time: one that kills the process takes no neighbour
     /// with it, and comes to be alone in the end.
     fn take(&mut self) -> anyhow::Result<Vec<Delivery>> {
-        let Some(first) = self.receive(TICK)? else { return Ok(Vec::new()) };
+        let tick = if self.consumer.grave.under_way() > 0 { QUICK_TICK } else { TICK };
+        let Some(first) = self.receive(tick)? else { return Ok(Vec::new()) };
         let begun = Instant::now();
         let redelivered = first.redelivered;
         let (size, wait) = (self.consumer.config.batch_size, self.consumer.config.batch_wait);
@@ -280,8 +307,8 @@ impl Session<'_, '_> {
         }
     }
 
-    /// Deals with a batch: reads it, books it, acknowledges it. What is hopeless
-    /// is parked, until [`Session::bury`] has brought it to the dead letters.
+    /// Deals with a batch: reads it and books it. What is hopeless is parked, until
+    /// [`Session::bury`] has brought it to the dead letters.
     fn settle(&mut self, batch: Vec<Delivery>) -> anyhow::Result<()> {
         metrics::BATCH_SIZE.observe(batch.len() as f64);
         let judged = self.judge(&batch);
@@ -294,11 +321,15 @@ impl Session<'_, '_> {
         }
         let Judgement { fates, batches } = judged?;
         observe_lag(&batch);
-        self.acknowledge(batch, fates)?;
-        if !batches.is_empty() {
-            self.line.prove()?;
-            // If this fails, a record stays behind that may cost somebody a look.
-            self.consumer.books.try_once(|store| store.forget_batches(&batches));
+        self.done.batches.extend(batches);
+        for (delivery, fate) in batch.into_iter().zip(fates) {
+            match fate {
+                Fate::Settled => self.done.deliveries.push(delivery),
+                Fate::Hopeless { reason, doubt } => {
+                    let key = Uuid::now_v7();
+                    self.parked.push(Parked { delivery, reason, doubt, key });
+                }
+            }
         }
         Ok(())
     }
@@ -420,62 +451,54 @@ impl Session<'_, '_> {
         Ok(())
     }
 
-    fn acknowledge(&mut self, batch: Vec<Delivery>, fates: Vec<Fate>) -> anyhow::Result<()> {
-        let all = fates.iter().all(|fate| matches!(fate, Fate::Settled));
-        // "Multiple" covers everything delivered before, also what is parked.
-        if all && self.parked.is_empty() {
-            metrics::CONSUMED.inc_by(batch.len() as u64);
-            return batch
-                .into_iter()
-                .next_back()
-                .map_or(Ok(()), |last| self.line.ack_multiple(last));
-        }
-        for (delivery, fate) in batch.into_iter().zip(fates) {
-            match fate {
-                Fate::Settled => {
-                    self.line.ack(delivery)?;
-                    metrics::CONSUMED.inc();
-                }
-                Fate::Hopeless { reason, doubt } => {
-                    let key = Uuid::now_v7();
-                    self.parked.push(Parked { delivery, reason, doubt, key });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Brings what is parked to the dead letters, and acknowledges it when the
-    /// broker holds the copies. If that fails, orders still go on meanwhile.
-    fn bury(&mut self) -> anyhow::Result<()> {
-        let mut doubts = Vec::new();
-        // A few at a time, so that a slow broker makes progress and not copies.
-        while !self.parked.is_empty() {
-            let some = &self.parked[..self.parked.len().min(BURIED_AT_ONCE)];
-            let dead = some.iter().map(|Parked { delivery, reason, key, .. }| Dead {
-                delivery,
-                reason,
-                key: *key,
-            });
-            if !self.consumer.grave.bury(dead) {
-                break;
-            }
-            for Parked { delivery, reason, doubt, .. } in self.parked.drain(..some.len()) {
-                let id = delivery.properties.message_id().as_deref().unwrap_or_default();
-                log::warn!("message {id:?} went to the dead letters: {reason}");
-                self.line.ack(delivery)?;
-                metrics::CONSUMED.inc();
-                metrics::REJECTED.inc();
-                doubts.extend(doubt);
-            }
-            if self.consumer.stop.raised() {
-                break;
-            }
+    /// Sends what is parked on its way to the dead letters, and sees what has arrived
+    /// there: that is done. Orders go on meanwhile, also when it cannot be written.
+    fn bury(&mut self) {
+        let grave = &mut self.consumer.grave;
+        let under_way = grave.under_way();
+        let next = self.parked.iter().take(BURIED_AT_ONCE).skip(under_way);
+        grave.send(next.map(|Parked { delivery, reason, key, .. }| Dead {
+            delivery,
+            reason,
+            key: *key,
+        }));
+        for Parked { delivery, reason, doubt, .. } in self.parked.drain(..grave.buried()) {
+            let id = delivery.properties.message_id().as_deref().unwrap_or_default();
+            log::warn!("message {id:?} went to the dead letters: {reason}");
+            metrics::REJECTED.inc();
+            self.done.deliveries.push(delivery);
+            self.done.doubts.extend(doubt);
         }
         metrics::PARKED.set(self.parked.len() as i64);
-        if !doubts.is_empty() {
+    }
+
+    /// Tells the broker what it may forget, and then the database.
+    ///
+    /// One acknowledgement covers everything delivered before, so what came after a parked
+    /// message waits a little for it: one for each would cost more than the orders do.
+    fn acknowledge(&mut self) -> anyhow::Result<()> {
+        let Done { deliveries, batches, doubts } = std::mem::take(&mut self.done);
+        let parked = self.parked.first().map_or(u64::MAX, |parked| parked.delivery.delivery_tag());
+        let (before, after): (Vec<Delivery>, Vec<Delivery>) =
+            deliveries.into_iter().partition(|delivery| delivery.delivery_tag() < parked);
+        metrics::CONSUMED.inc_by(before.len() as u64);
+        if let Some(last) = before.into_iter().max_by_key(Delivery::delivery_tag) {
+            self.line.ack_multiple(last)?;
+        }
+        let doubtful = !(batches.is_empty() && doubts.is_empty());
+        let soon = self.consumer.grave.under_way() > 0 && !self.consumer.stop.raised();
+        if soon && !doubtful && after.len() < HELD * self.consumer.config.batch_size {
+            self.done.deliveries = after;
+            return Ok(());
+        }
+        for delivery in after {
+            self.line.ack(delivery)?;
+            metrics::CONSUMED.inc();
+        }
+        if doubtful {
             self.line.prove()?;
-            self.consumer.books.try_once(|store| store.forget_doubts(&doubts));
+            // If this fails, a record stays behind that may cost somebody a look.
+            self.consumer.books.try_once(|store| store.forget_doubts(&batches, &doubts));
         }
         Ok(())
     }

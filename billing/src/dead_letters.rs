@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use amiquip::{AmqpProperties, AmqpValue, Channel, Connection, Delivery, FieldTable, Get};
 use anyhow::{Context, ensure};
@@ -45,45 +45,84 @@ pub struct Grave {
     publisher: Option<Publisher>,
     backoff: Backoff,
     due: Option<Instant>,
+    under_way: usize,
 }
 
 impl Grave {
     /// Not connected yet.
     pub fn new(config: broker::Config, queue: String) -> Grave {
-        Grave { config, queue, publisher: None, backoff: Backoff::default(), due: None }
+        let backoff = Backoff::default();
+        Grave { config, queue, publisher: None, backoff, due: None, under_way: 0 }
     }
 
-    /// Whether the broker now holds a copy of each with its reason. If not, ask
-    /// again: after a failure it takes a growing pause.
-    pub fn bury<'a>(&mut self, dead: impl Iterator<Item = Dead<'a>>) -> bool {
+    /// Forgets what is under way, whose messages will be delivered again.
+    pub fn forget(&mut self) {
+        if self.under_way > 0 {
+            self.publisher = None;
+            self.under_way = 0;
+        }
+    }
+
+    /// How many are sent of which the broker has not said that it holds a copy.
+    pub fn under_way(&self) -> usize {
+        self.under_way
+    }
+
+    /// Sends copies with their reasons, or none: after a failure it takes a growing pause.
+    pub fn send<'a>(&mut self, dead: impl Iterator<Item = Dead<'a>>) {
         if self.due.is_some_and(|due| Instant::now() < due) {
-            return false;
+            return;
         }
         let letters = dead.map(|dead| Letter {
             body: &dead.delivery.body,
             properties: with_reason(&dead.delivery.properties, dead.reason, dead.key),
         });
-        match self.send(letters.collect()) {
-            Ok(()) => {
-                self.backoff.reset();
-                self.due = None;
-                true
+        let letters: Vec<Letter> = letters.collect();
+        if letters.is_empty() {
+            return;
+        }
+        let count = letters.len();
+        match self.publisher().and_then(|publisher| publisher.start(letters)) {
+            Ok(()) => self.under_way += count,
+            Err(err) => self.failed(&err),
+        }
+    }
+
+    /// How many more of those under way the broker holds, the oldest first. After a failure
+    /// none is under way any more: they are to be sent again.
+    pub fn buried(&mut self) -> usize {
+        let Some(publisher) = self.publisher.as_mut().filter(|_| self.under_way > 0) else {
+            return 0;
+        };
+        match publisher.confirmed(Duration::ZERO) {
+            Ok(count) => {
+                if count > 0 {
+                    self.backoff.reset();
+                    self.due = None;
+                }
+                self.under_way -= count;
+                count
             }
             Err(err) => {
-                let level = if self.due.is_none() { log::Level::Warn } else { log::Level::Debug };
-                log::log!(level, "dead letters wait until they can be written: {err:#}");
-                self.publisher = None;
-                self.due = Some(Instant::now() + self.backoff.pause());
-                false
+                self.failed(&err);
+                0
             }
         }
     }
 
-    fn send(&mut self, letters: Vec<Letter>) -> anyhow::Result<()> {
+    fn publisher(&mut self) -> anyhow::Result<&mut Publisher> {
         match &mut self.publisher {
-            Some(publisher) => publisher.send(letters),
-            none => none.insert(Publisher::connect(&self.config, &self.queue)?).send(letters),
+            Some(publisher) => Ok(publisher),
+            none => Ok(none.insert(Publisher::connect(&self.config, &self.queue)?)),
         }
+    }
+
+    fn failed(&mut self, err: &anyhow::Error) {
+        let level = if self.due.is_none() { log::Level::Warn } else { log::Level::Debug };
+        log::log!(level, "dead letters wait until they can be written: {err:#}");
+        self.publisher = None;
+        self.under_way = 0;
+        self.due = Some(Instant::now() + self.backoff.pause());
     }
 }
 

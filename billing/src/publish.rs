@@ -3,7 +3,7 @@
 //! On a connection of its own: a broker short of memory stops reading from
 //! connections that publish, and acknowledgements must get through.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use amiquip::{
     AmqpProperties, Channel, Confirm, ConfirmSmoother, Connection, Publish, QueueDeclareOptions,
@@ -13,7 +13,7 @@ use anyhow::{bail, ensure};
 use chassis::broker::{self, Leash};
 use crossbeam_channel::Receiver;
 
-/// How long the broker may take for one answer, or for the confirms of one [`Publisher::send`].
+/// How long the broker may take for one answer, or confirm nothing.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A message to be sent to a queue by its name.
@@ -33,6 +33,10 @@ pub struct Publisher {
     returns: Receiver<Return>,
     smoother: ConfirmSmoother,
     queue: String,
+    /// Sent, and not confirmed yet.
+    under_way: usize,
+    /// When the broker last confirmed something, or had nothing to confirm.
+    heard: Instant,
     _connection: Connection,
 }
 
@@ -55,6 +59,8 @@ impl Publisher {
             returns,
             smoother: ConfirmSmoother::new(),
             queue: queue.to_owned(),
+            under_way: 0,
+            heard: Instant::now(),
             _connection: connection,
         })
     }
@@ -62,28 +68,57 @@ impl Publisher {
     /// Sends them all; `Ok` when the broker holds every one. After an error
     /// nobody knows which of them it holds.
     pub fn send(&mut self, letters: Vec<Letter>) -> anyhow::Result<()> {
-        let Publisher { leash, channel, confirms, returns, smoother, queue, .. } = self;
-        leash.within(CALL_TIMEOUT, || {
-            let mut outstanding = letters.len();
+        self.start(letters)?;
+        while self.under_way > 0 {
+            self.confirmed(CALL_TIMEOUT)?;
+        }
+        Ok(())
+    }
+
+    /// Sends them and does not wait.
+    pub fn start(&mut self, letters: Vec<Letter>) -> anyhow::Result<()> {
+        if self.under_way == 0 {
+            self.heard = Instant::now();
+        }
+        self.under_way += letters.len();
+        self.leash.within(CALL_TIMEOUT, || {
             for Letter { body, properties } in letters {
-                let routing_key = queue.clone();
+                let routing_key = self.queue.clone();
                 let letter =
                     Publish { body, routing_key, mandatory: true, immediate: false, properties };
-                channel.basic_publish("", letter)?;
-            }
-            while outstanding > 0 {
-                let confirm = confirms.recv()?;
-                for confirm in smoother.process(confirm) {
-                    ensure!(matches!(confirm, Confirm::Ack(_)), "{queue} took no message");
-                    outstanding -= 1;
-                }
-            }
-            // A message without a queue is returned first and confirmed nevertheless.
-            if returns.try_recv().is_ok() {
-                bail!("{queue} is gone");
+                self.channel.basic_publish("", letter)?;
             }
             Ok(())
         })
+    }
+
+    /// How many more of those under way the broker holds, in the order in which they were
+    /// sent; waits for the first at most so long. As an error: it takes one not, or none
+    /// for too long.
+    pub fn confirmed(&mut self, mut wait: Duration) -> anyhow::Result<usize> {
+        let before = self.under_way;
+        while self.under_way > 0 {
+            let confirm = match self.confirms.recv_timeout(wait) {
+                Ok(confirm) => confirm,
+                Err(err) if err.is_timeout() => break,
+                Err(_) => bail!("the connection to the broker broke"),
+            };
+            for confirm in self.smoother.process(confirm) {
+                ensure!(matches!(confirm, Confirm::Ack(_)), "{} took no message", self.queue);
+                self.under_way -= 1;
+            }
+            wait = Duration::ZERO;
+        }
+        // A message without a queue is returned first and confirmed nevertheless.
+        if self.returns.try_recv().is_ok() {
+            bail!("{} is gone", self.queue);
+        }
+        if self.under_way < before {
+            self.heard = Instant::now();
+        }
+        let overdue = self.under_way > 0 && self.heard.elapsed() >= CALL_TIMEOUT;
+        ensure!(!overdue, "the broker confirms nothing");
+        Ok(before - self.under_way)
     }
 }
 

@@ -89,16 +89,12 @@ impl Store {
         Ok(Booking { tx: self.client.transaction()?, book: &self.book })
     }
 
-    /// Forgets that orders without an id are in doubt: the broker has seen
-    /// their acknowledgement.
-    pub fn forget_batches(&mut self, batches: &[i64]) -> Result<(), Error> {
-        self.client.execute("delete from in_doubt where batch = any($1)", &[&batches])?;
-        Ok(())
-    }
-
-    /// Forgets single ones, whose redelivered message went to the dead letters.
-    pub fn forget_doubts(&mut self, doubts: &[i64]) -> Result<(), Error> {
-        self.client.execute("delete from in_doubt where id = any($1)", &[&doubts])?;
+    /// Forgets which orders without an id are in doubt: those of whole batches, whose
+    /// acknowledgement the broker has seen, and single ones, whose redelivered message
+    /// went to the dead letters.
+    pub fn forget_doubts(&mut self, batches: &[i64], ids: &[i64]) -> Result<(), Error> {
+        let forget = "delete from in_doubt where batch = any($1) or id = any($2)";
+        self.client.execute(forget, &[&batches, &ids])?;
         Ok(())
     }
 

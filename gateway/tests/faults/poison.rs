@@ -108,7 +108,7 @@ fn poison(run: &mut Run<'_>) -> Outcome {
     );
     // The broker alone makes one run half as fast as the other at times; it must not be worse.
     // A short run is over before it says much.
-    if ratio < run.either(0.1, 0.33) {
+    if ratio < run.either(0.1, 0.5) {
         outcome.wrong.push(format!("bad messages slow the good ones down to {ratio:.2}"));
     }
     refuses_what_is_too_large(&mut outcome);
