@@ -21,7 +21,7 @@ const common = /^(LOG|HTTP)_/
 const broker = /^RABBITMQ_(HOST|PORT|VHOST|QUEUE|HEARTBEAT_S)$/
 // glibc would keep an arena for each core and ever larger blocks for later use: with fixed
 // limits memory goes back after a peak.
-const malloc = { MALLOC_ARENA_MAX: '2', MALLOC_TRIM_THRESHOLD_: '131072', MALLOC_MMAP_THRESHOLD_: '131072' }
+const malloc = { MALLOC_ARENA_MAX: '2', MALLOC_TRIM_THRESHOLD_: '131072', MALLOC_MMAP_THRESHOLD_: '16384' }
 const owner = /_DB_OWNER/
 const only = (...patterns) => Object.fromEntries(
   Object.entries(settings).filter(([name]) => !owner.test(name) && patterns.some(p => p.test(name))),

@@ -17,6 +17,9 @@ use ureq::{Error, Timeout};
 /// How much later than asked for a timeout may come, so that it need not be set anew.
 const LATE: Duration = Duration::from_millis(50);
 
+/// An answer that takes so many reads is long.
+const LONG: u32 = 8;
+
 /// Linux's `MSG_PEEK | MSG_DONTWAIT`.
 const PEEK_AT_ONCE: i32 = 0x02 | 0x40;
 
@@ -28,6 +31,10 @@ pub(crate) struct Plain;
 pub(crate) struct Socket {
     stream: TcpStream,
     buffers: LazyBuffers,
+    /// Of the buffers for input and output, in bytes.
+    sizes: (usize, usize),
+    /// Since something was sent.
+    reads: u32,
     read_timeout: Option<Duration>,
     write_timeout: Option<Duration>,
 }
@@ -44,8 +51,10 @@ impl Connector for Plain {
         let stream = connected.map_err(|err| explain(err, Timeout::Connect))?;
         stream.set_nodelay(true)?;
         let config = details.config;
-        let buffers = LazyBuffers::new(config.input_buffer_size(), config.output_buffer_size());
-        Ok(Some(Socket { stream, buffers, read_timeout: None, write_timeout: None }))
+        let sizes = (config.input_buffer_size(), config.output_buffer_size());
+        let buffers = LazyBuffers::new(sizes.0, sizes.1);
+        let (read_timeout, write_timeout) = (None, None);
+        Ok(Some(Socket { stream, buffers, sizes, reads: 0, read_timeout, write_timeout }))
     }
 }
 
@@ -60,6 +69,7 @@ impl Transport for Socket {
             self.stream.set_write_timeout(new)?;
             self.write_timeout = new;
         }
+        self.reads = 0;
         let sent = self.stream.write_all(&self.buffers.output()[..amount]);
         sent.map_err(|err| explain(err, timeout.reason))
     }
@@ -69,6 +79,12 @@ impl Transport for Socket {
         if let Some(new) = renewed(self.read_timeout, timeout)? {
             self.stream.set_read_timeout(new)?;
             self.read_timeout = new;
+        }
+        self.reads += 1;
+        if self.reads >= LONG && self.buffers.input().is_empty() {
+            // Whoever takes this answer may be slow; the buffer for output is not needed.
+            self.reads = 0;
+            self.buffers = LazyBuffers::new(self.sizes.0, self.sizes.1);
         }
         let read = loop {
             match self.stream.read(self.buffers.input_append_buf()) {

@@ -21,7 +21,7 @@ const PAGE_ROWS: i64 = 500;
 
 /// A page ends with the movie whose text reaches this. More is faster with long texts,
 /// and costs 256 slow clients more memory than there is.
-const PAGE_BYTES: i64 = 32 << 10;
+const PAGE_BYTES: i64 = 24 << 10;
 
 /// How often a page is tried once the answer has begun: nobody is told "try again"
 /// then, so a busy pool or a restart of the database is rather waited out a little.
