@@ -30,7 +30,7 @@ const HELD: usize = 32 << 10;
 const MAX_IDLE: Duration = Duration::from_secs(15);
 
 /// How long a request waits for a place while inventory is at work.
-const PATIENCE: Duration = Duration::from_millis(250);
+const PATIENCE: Duration = Duration::from_millis(20);
 
 /// Headers that concern one connection (RFC 9110 section 7.6.1), or that this side makes itself.
 const HOP_BY_HOP: [&str; 12] = [

@@ -148,7 +148,7 @@ impl Movies {
         let mut body = vec![0; length];
         reader.read_exact(&mut body)?;
         let turn = self.desk.take(Duration::from_secs(3600));
-        std::thread::park_timeout(Duration::from_millis(1));
+        std::thread::park_timeout(Duration::from_millis(2));
         drop(turn);
         let number = self.last.fetch_add(1, Ordering::SeqCst) + 1;
         Box::leak(vec![1_u8; 4096].into_boxed_slice());
