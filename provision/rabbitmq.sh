@@ -31,7 +31,7 @@ management.tcp.ip = 127.0.0.1
 management.tcp.port = $RABBITMQ_MANAGEMENT_PORT
 # Users and rights come from here at each start; where it is set, there is no guest from the beginning.
 load_definitions = /etc/rabbitmq/definitions.json
-# A thousand messages are in billing's memory at a time.
+# Two thousand messages are in billing's memory at a time.
 max_message_size = 65536
 CONF
 put /etc/rabbitmq/enabled_plugins 0644 <<<'[rabbitmq_management].'
