@@ -11,8 +11,10 @@ use serde_json::json;
 /// A probe that has not answered by then counts as failed.
 const DEADLINE: Duration = Duration::from_millis(1500);
 
-/// An answer this young serves further askers, so that asking costs nothing.
+/// An answer this young serves further askers, so that asking costs nothing. Bad news grows
+/// old sooner: what was away while the service started may be there a moment later.
 const FRESH: Duration = Duration::from_millis(250);
+const FRESH_FAILURE: Duration = Duration::from_millis(25);
 
 /// One dependency, asked on a thread of its own: a dependency that hangs makes
 /// the answer "no", never a handler that hangs with it.
@@ -101,7 +103,10 @@ impl Shared {
 
     fn ask(&self, now: Instant) -> Option<Finding> {
         let fresh = |state: &State| {
-            state.last.as_ref().is_some_and(|last| last.at + last.latency + FRESH > now)
+            state.last.as_ref().is_some_and(|last| {
+                let fresh = if last.result.is_ok() { FRESH } else { FRESH_FAILURE };
+                last.at + last.latency + fresh > now
+            })
         };
         let mut state = self.lock();
         if !fresh(&state) {
@@ -142,6 +147,27 @@ pub fn ready(probes: &[Probe]) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dependency_that_comes_back_is_seen_sooner_than_one_that_goes() {
+        let asked = Arc::new(Mutex::new(0));
+        let count = Arc::clone(&asked);
+        let comes = Probe::new("queue", move || {
+            let mut asked = count.lock().unwrap();
+            *asked += 1;
+            if *asked == 1 { Err("away".to_owned()) } else { Ok(()) }
+        });
+        let probes = [comes.unwrap()];
+        let now = Instant::now();
+        assert_eq!(ready(&probes).status_code, 503);
+        let shared = &probes[0].shared;
+        // Time is told, so that the machine's speed does not matter.
+        assert!(shared.ask(now).unwrap().result.is_err());
+        assert!(shared.ask(Instant::now() + FRESH_FAILURE).unwrap().result.is_ok());
+        let at = shared.lock().last.clone().unwrap().at;
+        assert!(shared.ask(at + FRESH - FRESH_FAILURE).unwrap().result.is_ok());
+        assert_eq!(*asked.lock().unwrap(), 2);
+    }
 
     #[test]
     fn a_dependency_that_hangs_is_unavailable_after_the_deadline() {
