@@ -178,9 +178,10 @@ The dead letters: messages that could not become orders, each with its reason.
 
   billing dead-letters list [--limit N]
       one line of JSON each, oldest first, at most N (100); changes nothing
-  billing dead-letters put-back WHICH [--body JSON]
+  billing dead-letters put-back WHICH [--body JSON] [--new-id]
       sends them to RABBITMQ_QUEUE again, with the same message id;
-      --body: with this content instead, for a single one
+      --body: with this content instead, for a single one;
+      --new-id: with the key as their message id, where the old one is at fault
   billing dead-letters drop WHICH
       deletes them
 
@@ -198,13 +199,15 @@ pub fn command(arguments: &[String]) -> anyhow::Result<ExitCode> {
             Ok(limit) => (None, limit),
             Err(_) => return Ok(misunderstood("--limit takes a number")),
         },
-        ["put-back", which] => (Some((*which, Fate::PutBack)), 0),
-        ["put-back", which, "--body", body] | ["put-back", "--body", body, which] => {
-            if let Err(refused) = Order::parse(body.as_bytes()) {
+        ["put-back", rest @ ..] => {
+            let Some((which, body, new_id)) = put_back(rest) else {
+                return Ok(misunderstood("which letter?"));
+            };
+            if let Some(Err(refused)) = body.map(|body| Order::parse(body.as_bytes())) {
                 eprintln!("with this body it would come back at once: {refused}");
                 return Ok(ExitCode::FAILURE);
             }
-            (Some((*which, Fate::Mend(body))), 0)
+            (Some((which, Fate::PutBack { body, new_id })), 0)
         }
         ["drop", which] => (Some((*which, Fate::Drop)), 0),
         ["-h" | "--help" | "help"] => {
@@ -235,6 +238,21 @@ pub fn command(arguments: &[String]) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Which, with what body, and whether under another id.
+fn put_back<'a>(arguments: &[&'a str]) -> Option<(&'a str, Option<&'a str>, bool)> {
+    let (mut which, mut body, mut new_id) = (None, None, false);
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        match *argument {
+            "--body" if body.is_none() => body = Some(*arguments.next()?),
+            "--new-id" => new_id = true,
+            name if which.is_none() => which = Some(name),
+            _ => return None,
+        }
+    }
+    Some((which?, body, new_id))
+}
+
 fn misunderstood(what: &str) -> ExitCode {
     eprint!("{what}\n\n{USAGE}");
     ExitCode::from(2)
@@ -245,8 +263,7 @@ fn is_broken_pipe(err: &anyhow::Error) -> bool {
 }
 
 enum Fate<'a> {
-    PutBack,
-    Mend(&'a str),
+    PutBack { body: Option<&'a str>, new_id: bool },
     Drop,
 }
 
@@ -311,6 +328,7 @@ impl DeadQueue {
     /// Finds those meant and deals with them; returns how many.
     fn settle(&mut self, config: &Config, which: &str, fate: &Fate) -> anyhow::Result<usize> {
         let mut publisher = Publisher::connect(&config.broker, &config.queue)?;
+        let mended = matches!(fate, Fate::PutBack { body: Some(_), .. });
         let mut done = 0;
         let mut found = Vec::new();
         let mut keys = HashSet::new();
@@ -324,11 +342,11 @@ impl DeadQueue {
             let copy = !key.is_empty() && !keys.insert(key.to_owned());
             found.push((delivery, copy));
             // With a new body there may be one only, so all must be seen first.
-            if found.len() == CHUNK && !matches!(fate, Fate::Mend(_)) {
+            if found.len() == CHUNK && !mended {
                 self.deal(&mut publisher, &mut found, fate, &mut done)?;
             }
         }
-        if matches!(fate, Fate::Mend(_)) {
+        if mended {
             let meant = found.iter().filter(|(_, copy)| !copy).count();
             ensure!(meant < 2, "{meant} letters are meant: name one by its key");
         }
@@ -346,11 +364,20 @@ impl DeadQueue {
     ) -> anyhow::Result<()> {
         let originals = || found.iter().filter(|(_, copy)| !copy).map(|(delivery, _)| delivery);
         *done += originals().count();
-        if !matches!(fate, Fate::Drop) {
+        if let Fate::PutBack { body: mended, new_id } = fate {
             let letter = |delivery| {
                 let Delivery { body, properties, .. }: &Delivery = delivery;
-                let body = if let Fate::Mend(mended) = fate { mended.as_bytes() } else { body };
-                Letter { body, properties: without_reason(properties) }
+                let body = mended.map_or(body.as_slice(), str::as_bytes);
+                let mut properties = without_reason(properties);
+                if *new_id {
+                    // The same each time: what is put back twice is still one order.
+                    let key = match header(delivery, KEY) {
+                        "" => Uuid::now_v7().to_string(),
+                        key => key.to_owned(),
+                    };
+                    properties = properties.with_message_id(key);
+                }
+                Letter { body, properties }
             };
             publisher.send(originals().map(letter).collect())?;
         }

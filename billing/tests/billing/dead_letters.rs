@@ -52,6 +52,30 @@ fn a_mended_dead_letter_is_put_back_with_its_id_and_booked_once() {
 }
 
 #[test]
+fn a_dead_letter_whose_id_is_at_fault_is_put_back_under_another_and_booked_once() {
+    let shop = Shop::new();
+    let _billing = shop.consume();
+    shop.post(&[("taken", order(1)), ("taken", order(2))]);
+    eventually("a dead letter", 10, || (shop.depth(".dead") == 1).then_some(()));
+    let listed = lines(&shop.dead_letters(&["list"]));
+    let key = listed[0]["key"].as_str().unwrap().to_owned();
+
+    // Under its own it only comes back.
+    assert_eq!(said(&shop.dead_letters(&["put-back", &key])), "1 put back\n");
+    eventually("it is back", 10, || (shop.depth(".dead") == 1).then_some(()));
+    let listed = lines(&shop.dead_letters(&["list"]));
+    let key = listed[0]["key"].as_str().unwrap().to_owned();
+    assert_eq!(said(&shop.dead_letters(&["put-back", "--new-id", &key])), "1 put back\n");
+    shop.await_orders(2, 10);
+    assert_eq!(shop.users(), ["1", "2"]);
+    assert_eq!(shop.depth(".dead"), 0);
+    // Its id is now known.
+    shop.post(&[(key.as_str(), order(2)), ("last", order(3))]);
+    shop.await_orders(3, 10);
+    assert_eq!(shop.users(), ["1", "2", "3"]);
+}
+
+#[test]
 fn letters_without_an_id_are_named_by_key_or_position() {
     let shop = Shop::new();
     let billing = shop.consume();
