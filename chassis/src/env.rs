@@ -3,7 +3,9 @@
 //! A service reads every variable once, at start, through one [`Env`], which
 //! collects what is missing or malformed so that all of it is reported at once.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::fs;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
@@ -38,12 +40,13 @@ impl Env {
     /// The environment of this process, completed by the nearest `.env` at or
     /// above the current directory. A variable that is set wins over the file.
     pub fn load() -> Env {
-        let mut env = Env::of(|name| std::env::var(name).ok());
-        match dotenvy::dotenv() {
-            Err(err) if !err.not_found() => env.faults.push(env_file_fault(&err)),
-            _ => (),
-        }
-        env
+        let (values, faults) = match read_file() {
+            Ok(values) => (values, Vec::new()),
+            Err(fault) => (HashMap::new(), vec![fault]),
+        };
+        let of_the_file = move |name: &str| values.get(name).cloned();
+        let lookup = move |name: &str| std::env::var(name).ok().or_else(|| of_the_file(name));
+        Env { lookup: Box::new(lookup), faults }
     }
 
     /// Variables from `lookup` instead of the process.
@@ -145,19 +148,37 @@ impl Env {
     }
 }
 
-/// dotenvy shows the whole line that it cannot read, which may hold a password.
-fn env_file_fault(err: &dotenvy::Error) -> String {
-    match err {
-        dotenvy::Error::LineParse(line, _) => match line.split_once('=') {
-            Some((name, _))
-                if name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_') =>
-            {
-                format!(".env: the value of {name} cannot be read")
-            }
-            _ => ".env: a line is not NAME=value".to_owned(),
-        },
-        other => format!(".env: {other}"),
+/// The nearest `.env`; empty where there is none.
+fn read_file() -> Result<HashMap<String, String>, String> {
+    let fault = |err| format!(".env: {err}");
+    let here = std::env::current_dir().map_err(fault)?;
+    match here.ancestors().map(|folder| folder.join(".env")).find(|file| file.exists()) {
+        Some(file) => parse(&fs::read_to_string(file).map_err(fault)?),
+        None => Ok(HashMap::new()),
     }
+}
+
+/// Lines `NAME=value`, each value as it stands, without quotes or expansion: so the scripts
+/// and PM2 read them too, and a password may have any character in it. No line is shown to
+/// anybody who reads the fault, because it may hold one.
+fn parse(text: &str) -> Result<HashMap<String, String>, String> {
+    let mut values = HashMap::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        if line.trim().is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let is_name = |name: &str| {
+            name.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_')
+                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        };
+        let Some((name, value)) = line.split_once('=').filter(|(name, _)| is_name(name)) else {
+            return Err(format!(".env: line {number} is not NAME=value"));
+        };
+        if values.insert(name.to_owned(), value.to_owned()).is_some() {
+            return Err(format!(".env: {name} is there twice"));
+        }
+    }
+    Ok(values)
 }
 
 #[cfg(test)]
@@ -194,15 +215,22 @@ mod tests {
     }
 
     #[test]
+    fn values_in_the_file_are_taken_as_they_stand() {
+        let text = "# a comment\n\nPASSWORD=a'b\"c$HOME\\ #d=e \r\nEMPTY=\n_a1=x";
+        let expected = [("PASSWORD", "a'b\"c$HOME\\ #d=e "), ("EMPTY", ""), ("_a1", "x")];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(parse(text).unwrap(), HashMap::from(expected));
+    }
+
+    #[test]
     fn a_line_of_the_file_that_cannot_be_read_is_named_and_not_shown() {
-        for (line, fault) in [
-            ("PASSWORD=hunter2 'x", ".env: the value of PASSWORD cannot be read"),
-            ("PASSWORD hunter2", ".env: a line is not NAME=value"),
-            ("PASSWORD hunter2=", ".env: a line is not NAME=value"),
+        for (text, fault) in [
+            ("A=1\nPASSWORD hunter2", ".env: line 2 is not NAME=value"),
+            ("PASSWORD hunter2=", ".env: line 1 is not NAME=value"),
+            ("=hunter2", ".env: line 1 is not NAME=value"),
+            ("PASSWORD=hunter2\nPASSWORD=hunter3", ".env: PASSWORD is there twice"),
         ] {
-            let err = dotenvy::Iter::new(line.as_bytes()).next().unwrap().unwrap_err();
-            assert!(err.to_string().contains("hunter2"), "what it is about: {err}");
-            assert_eq!(env_file_fault(&err), fault);
+            assert_eq!(parse(text).unwrap_err(), fault);
         }
     }
 

@@ -253,14 +253,14 @@ fn a_refusal_to_start_names_the_variable_and_never_its_value() {
             // No character of a host name, so that nobody is asked for it.
             stack.set(name, format!("{secret} /"));
         }
-        // A password that was put between the wrong quotes.
+        // A password without the sign before it.
         let directory = std::env::temp_dir().join(format!("matinee-{}", stack.address));
         fs::create_dir_all(&directory).unwrap();
-        fs::write(directory.join(".env"), format!("NEW_PASSWORD={secret} 'x\n")).unwrap();
+        fs::write(directory.join(".env"), format!("NEW_PASSWORD {secret}\n")).unwrap();
         let (started, text) = output_of(stack.command(service).current_dir(&directory));
         fs::remove_dir_all(&directory).unwrap();
         assert!(!started);
-        for name in names.iter().chain(&["NEW_PASSWORD"]) {
+        for name in names.iter().chain(&[".env: line 1"]) {
             assert!(text.contains(name), "{name}: {text}");
         }
         assert_untold(service, &text, std::slice::from_ref(&secret));
