@@ -178,7 +178,8 @@ impl Load {
         outcome.wrong.extend(ledger.wrong);
     }
 
-    fn end(&mut self) {
+    /// Lets the clients finish what they are at, and ends them.
+    pub(crate) fn end(&mut self) {
         self.shared.ending.store(true, Ordering::SeqCst);
         for client in self.clients.drain(..) {
             let _ = client.join();
