@@ -44,7 +44,7 @@ const ATTEMPTS: i32 = 3;
 /// How many dead letters are on their way at once: a slow broker makes progress, not copies.
 const BURIED_AT_ONCE: usize = 100;
 
-/// How many batches wait at most for one of them.
+/// How many batches wait at most to be acknowledged together with a dead letter.
 const HELD: usize = 2;
 
 /// Longest message id, in characters; AMQP's own limit is 255 bytes.
@@ -121,8 +121,6 @@ impl Consumer<'_> {
             channel.qos(0, prefetch, false)?;
             channel.basic_consume(queue, ConsumerOptions::default())
         })?;
-        // Of the connection before this one.
-        self.grave.forget();
         log::info!("consuming {queue}");
         metrics::CONNECTED.set(1);
         consuming.store(true, Ordering::SeqCst);
@@ -235,10 +233,25 @@ struct Candidate<'a> {
 
 impl Session<'_, '_> {
     fn run(&mut self) -> anyhow::Result<()> {
+        let ended = self.work();
+        // Whoever has deleted the queue has left no other copy of them.
+        while self.consumer.grave.under_way() > 0 {
+            self.bury(CALL_TIMEOUT);
+        }
+        ended.and_then(|()| self.acknowledge())
+    }
+
+    fn work(&mut self) -> anyhow::Result<()> {
         while !self.consumer.stop.raised() {
+            let mut wait = Duration::ZERO;
             if self.parked.len() < self.consumer.config.batch_size {
                 let batch = self.take()?;
                 if !batch.is_empty() {
+                    // One that has killed the process must not come back a moment after it
+                    // was given up.
+                    if batch[0].redelivered {
+                        wait = CALL_TIMEOUT;
+                    }
                     self.settle(batch)?;
                     self.consumer.backoff.reset();
                 }
@@ -246,10 +259,10 @@ impl Session<'_, '_> {
                 // The dead letters cannot be written, and no more may pile up here.
                 self.consumer.stop.wait(TICK);
             }
-            self.bury();
+            self.bury(wait);
             self.acknowledge()?;
         }
-        self.acknowledge()
+        Ok(())
     }
 
     /// A batch: what is there, up to the limit; empty after a quiet tick. The
@@ -452,8 +465,9 @@ impl Session<'_, '_> {
     }
 
     /// Sends what is parked on its way to the dead letters, and sees what has arrived
-    /// there: that is done. Orders go on meanwhile, also when it cannot be written.
-    fn bury(&mut self) {
+    /// there, waiting at most so long: that is done. Orders go on meanwhile, also when it
+    /// cannot be written.
+    fn bury(&mut self, wait: Duration) {
         let grave = &mut self.consumer.grave;
         let under_way = grave.under_way();
         let next = self.parked.iter().take(BURIED_AT_ONCE).skip(under_way);
@@ -462,7 +476,7 @@ impl Session<'_, '_> {
             reason,
             key: *key,
         }));
-        for Parked { delivery, reason, doubt, .. } in self.parked.drain(..grave.buried()) {
+        for Parked { delivery, reason, doubt, .. } in self.parked.drain(..grave.buried(wait)) {
             let id = delivery.properties.message_id().as_deref().unwrap_or_default();
             log::warn!("message {id:?} went to the dead letters: {reason}");
             metrics::REJECTED.inc();

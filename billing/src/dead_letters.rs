@@ -45,27 +45,17 @@ pub struct Grave {
     publisher: Option<Publisher>,
     backoff: Backoff,
     due: Option<Instant>,
-    under_way: usize,
 }
 
 impl Grave {
     /// Not connected yet.
     pub fn new(config: broker::Config, queue: String) -> Grave {
-        let backoff = Backoff::default();
-        Grave { config, queue, publisher: None, backoff, due: None, under_way: 0 }
-    }
-
-    /// Forgets what is under way, whose messages will be delivered again.
-    pub fn forget(&mut self) {
-        if self.under_way > 0 {
-            self.publisher = None;
-            self.under_way = 0;
-        }
+        Grave { config, queue, publisher: None, backoff: Backoff::default(), due: None }
     }
 
     /// How many are sent of which the broker has not said that it holds a copy.
     pub fn under_way(&self) -> usize {
-        self.under_way
+        self.publisher.as_ref().map_or(0, Publisher::under_way)
     }
 
     /// Sends copies with their reasons, or none: after a failure it takes a growing pause.
@@ -81,26 +71,24 @@ impl Grave {
         if letters.is_empty() {
             return;
         }
-        let count = letters.len();
-        match self.publisher().and_then(|publisher| publisher.start(letters)) {
-            Ok(()) => self.under_way += count,
-            Err(err) => self.failed(&err),
+        if let Err(err) = self.publisher().and_then(|publisher| publisher.start(letters)) {
+            self.failed(&err);
         }
     }
 
-    /// How many more of those under way the broker holds, the oldest first. After a failure
-    /// none is under way any more: they are to be sent again.
-    pub fn buried(&mut self) -> usize {
-        let Some(publisher) = self.publisher.as_mut().filter(|_| self.under_way > 0) else {
+    /// How many more of those under way the broker holds, the oldest first; waits for the
+    /// first at most so long. After a failure none is under way any more: they are to be
+    /// sent again.
+    pub fn buried(&mut self, wait: Duration) -> usize {
+        let Some(publisher) = self.publisher.as_mut().filter(|one| one.under_way() > 0) else {
             return 0;
         };
-        match publisher.confirmed(Duration::ZERO) {
+        match publisher.confirmed(wait) {
             Ok(count) => {
                 if count > 0 {
                     self.backoff.reset();
                     self.due = None;
                 }
-                self.under_way -= count;
                 count
             }
             Err(err) => {
@@ -121,7 +109,6 @@ impl Grave {
         let level = if self.due.is_none() { log::Level::Warn } else { log::Level::Debug };
         log::log!(level, "dead letters wait until they can be written: {err:#}");
         self.publisher = None;
-        self.under_way = 0;
         self.due = Some(Instant::now() + self.backoff.pause());
     }
 }

@@ -75,6 +75,11 @@ impl Publisher {
         Ok(())
     }
 
+    /// How many are sent and not confirmed yet.
+    pub fn under_way(&self) -> usize {
+        self.under_way
+    }
+
     /// Sends them and does not wait.
     pub fn start(&mut self, letters: Vec<Letter>) -> anyhow::Result<()> {
         if self.under_way == 0 {

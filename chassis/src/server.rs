@@ -328,11 +328,8 @@ where
                 tick = wanted;
             }
             match listener.accept() {
-                Ok(newcomer) => self.receive(newcomer, &mut lobby),
-                Err(err) if is_pause(&err) => {
-                    self.admit_those_who_wait(&mut lobby);
-                    lobby.sweep();
-                }
+                Ok(newcomer) => lobby.receive(newcomer),
+                Err(err) if is_pause(&err) => lobby.sweep(),
                 Err(err) if err.kind() == ErrorKind::ConnectionAborted => (),
                 Err(err) => {
                     // Out of descriptors, as a rule: some clients less free some.
@@ -348,6 +345,7 @@ where
                     self.stop.wait(Duration::from_millis(50));
                 }
             }
+            self.admit_those_who_wait(&mut lobby);
         }
         // Whoever is connected already, if only in the kernel's queue, is still served. The
         // end of the listener resets whom the kernel has let in since the last look at that
@@ -356,7 +354,8 @@ where
         door.attach_filter(&DEAF_TO_SYN)?;
         door.set_read_timeout(Some(HANDSHAKE))?;
         while let Ok(newcomer) = listener.accept() {
-            self.receive(newcomer, &mut lobby);
+            lobby.receive(newcomer);
+            self.admit_those_who_wait(&mut lobby);
         }
         drop(listener);
         while let Some((_, newcomer)) = lobby.waiting.pop_front() {
@@ -367,18 +366,6 @@ where
         self.drain()
     }
 
-    /// Gives a new connection a place, or a chair to wait for one.
-    fn receive(self: &Arc<Self>, newcomer: Newcomer, lobby: &mut Lobby) {
-        if lobby.waiting.len() == lobby.most {
-            // It has waited for a shorter time than the others, but they are next.
-            lobby.refuse(newcomer.0);
-        } else {
-            lobby.waiting.push_back((Instant::now(), newcomer));
-            lobby.make_room();
-        }
-        self.admit_those_who_wait(lobby);
-    }
-
     /// In their order; whoever has waited too long is refused.
     fn admit_those_who_wait(self: &Arc<Self>, lobby: &mut Lobby) {
         while let Some((since, newcomer)) = lobby.waiting.pop_front() {
@@ -386,23 +373,22 @@ where
             // and each who is evicted comes back.
             let ago = |then: Option<Instant>| then.map_or(Duration::MAX, |then| then.elapsed());
             let overdue = since.elapsed() >= PATIENCE;
-            let idle_for = match overdue && ago(lobby.pressed) >= PATIENCE {
-                true => Some(Duration::ZERO),
-                false => (ago(lobby.searched) >= QUICK_TICK).then_some(UNTOUCHABLE),
-            };
-            match (self.admit(newcomer, idle_for), idle_for) {
-                (Ok(()), Some(Duration::ZERO)) => lobby.pressed = Some(Instant::now()),
-                (Ok(()), _) => (),
-                (Err(newcomer), _) => {
-                    if idle_for.is_some() {
-                        lobby.searched = Some(Instant::now());
-                    }
-                    if !overdue {
-                        return lobby.waiting.push_front((since, newcomer));
-                    }
-                    lobby.refuse(newcomer.0);
+            let presses = overdue && ago(lobby.pressed) >= PATIENCE;
+            let searches = presses || ago(lobby.searched) >= QUICK_TICK;
+            let idle_for = if presses { Duration::ZERO } else { UNTOUCHABLE };
+            let Err(newcomer) = self.admit(newcomer, searches.then_some(idle_for)) else {
+                if presses {
+                    lobby.pressed = Some(Instant::now());
                 }
+                continue;
+            };
+            if searches {
+                lobby.searched = Some(Instant::now());
             }
+            if !overdue {
+                return lobby.waiting.push_front((since, newcomer));
+            }
+            lobby.refuse(newcomer.0);
         }
     }
 
@@ -648,6 +634,17 @@ struct Lobby {
 }
 
 impl Lobby {
+    /// Gives a newcomer a chair.
+    fn receive(&mut self, newcomer: Newcomer) {
+        if self.waiting.len() == self.most {
+            // It has waited for a shorter time than the others, but they are next.
+            self.refuse(newcomer.0);
+        } else {
+            self.waiting.push_back((Instant::now(), newcomer));
+            self.make_room();
+        }
+    }
+
     fn refuse(&mut self, stream: TcpStream) {
         metrics::REFUSED.inc();
         let id = Uuid::now_v7();

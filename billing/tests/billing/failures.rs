@@ -238,6 +238,23 @@ fn what_is_in_hand_when_the_queue_is_deleted_is_booked() {
 }
 
 #[test]
+fn what_is_hopeless_and_in_hand_when_the_queue_is_deleted_goes_to_the_dead_letters() {
+    const COUNT: usize = 150;
+    let shop = Shop::new().with("BILLING_BATCH_WAIT_MS", "600000");
+    shop.post(&vec![("", "garbage"); COUNT]);
+    let _billing = shop.consume();
+    let (mut connection, _leash) = shop.admin().connect("operator").unwrap();
+    let channel = connection.open_channel(None).unwrap();
+    eventually("all is delivered", 30, || {
+        let queue = channel.queue_declare_passive(shop.config().queue).unwrap();
+        (queue.declared_message_count() == Some(0)).then_some(())
+    });
+    let left = channel.queue_delete(shop.config().queue, QueueDeleteOptions::default()).unwrap();
+    assert_eq!(left, 0);
+    shop.await_dead(COUNT, 30);
+}
+
+#[test]
 fn terminated_under_load_it_ends_within_five_seconds_and_nothing_is_lost() {
     const COUNT: usize = 20_000;
     let shop = Shop::new();

@@ -37,8 +37,7 @@ const QUEUE: Duration = Duration::from_millis(20);
 /// The rates, in parts of the saturation.
 const RATES: [f64; 4] = [0.5, 1.0, 2.0, 5.0];
 
-/// What a refusal may take, in the long form. The slowest of a hundred is shown only: that
-/// is the share of the processor that the generator and the servers leave.
+/// What a refusal may take, in the long form.
 const REFUSAL: Duration = Duration::from_millis(50);
 
 /// Connections of the measurement of the saturation, and most of all others: half as many
@@ -107,8 +106,8 @@ fn overload(run: &mut Run<'_>) -> Outcome {
                 let told = format!("{name} at {rate}: goodput {goodput:.0}/s, peak {peak:.0}/s");
                 outcome.wrong.push(told);
             }
-            if run.long && !run.control && typical > REFUSAL {
-                outcome.wrong.push(format!("{name} at {rate}: refusals take {typical:?}"));
+            if run.long && !run.control && slow > REFUSAL {
+                outcome.wrong.push(format!("{name} at {rate}: refusals take {slow:?}"));
             }
         }
         if !run.control {
