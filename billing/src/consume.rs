@@ -234,11 +234,20 @@ struct Candidate<'a> {
 impl Session<'_, '_> {
     fn run(&mut self) -> anyhow::Result<()> {
         let ended = self.work();
-        // Whoever has deleted the queue has left no other copy of them.
-        while self.consumer.grave.under_way() > 0 {
+        self.bury_the_rest();
+        ended.and_then(|()| self.acknowledge())
+    }
+
+    /// Whoever has deleted the queue has left no other copy of what is parked. After a
+    /// broken connection it comes again, and only what is under way is waited for.
+    fn bury_the_rest(&mut self) {
+        let mut last = usize::MAX;
+        while self.consumer.grave.under_way() > 0
+            || ((1..last).contains(&self.parked.len()) && self.line.prove().is_ok())
+        {
+            last = self.parked.len();
             self.bury(CALL_TIMEOUT);
         }
-        ended.and_then(|()| self.acknowledge())
     }
 
     fn work(&mut self) -> anyhow::Result<()> {

@@ -239,7 +239,8 @@ fn what_is_in_hand_when_the_queue_is_deleted_is_booked() {
 
 #[test]
 fn what_is_hopeless_and_in_hand_when_the_queue_is_deleted_goes_to_the_dead_letters() {
-    const COUNT: usize = 150;
+    // Many times what is on its way at once, and less than a batch.
+    const COUNT: usize = 450;
     let shop = Shop::new().with("BILLING_BATCH_WAIT_MS", "600000");
     shop.post(&vec![("", "garbage"); COUNT]);
     let _billing = shop.consume();
