@@ -154,6 +154,8 @@ pub struct Limits {
     pub max_body: usize,
     /// Largest sum of all bodies that are in memory, in bytes.
     pub body_budget: usize,
+    /// By how much the threads are nicer than the process, see nice(2).
+    pub nice: i32,
 }
 
 impl Config {
@@ -181,6 +183,7 @@ impl Config {
                 max_headers: 100,
                 max_body: env.number("HTTP_MAX_BODY_BYTES", 256 << 10, 1..=1 << 30),
                 body_budget: env.number("HTTP_BODY_BUDGET_BYTES", 16 << 20, 1..=1 << 40),
+                nice: env.number("HTTP_THREADS_NICE", 10, 0..=19),
             },
         }
     }
@@ -328,7 +331,7 @@ where
                 tick = wanted;
             }
             match listener.accept() {
-                Ok(newcomer) => lobby.receive(newcomer),
+                Ok((stream, peer)) => lobby.receive(self.meet(stream, peer)),
                 Err(err) if is_pause(&err) => lobby.sweep(),
                 Err(err) if err.kind() == ErrorKind::ConnectionAborted => (),
                 Err(err) => {
@@ -353,14 +356,14 @@ where
         let door = SockRef::from(&listener);
         door.attach_filter(&DEAF_TO_SYN)?;
         door.set_read_timeout(Some(HANDSHAKE))?;
-        while let Ok(newcomer) = listener.accept() {
-            lobby.receive(newcomer);
+        while let Ok((stream, peer)) = listener.accept() {
+            lobby.receive(self.meet(stream, peer));
             self.admit_those_who_wait(&mut lobby);
         }
         drop(listener);
         while let Some((_, newcomer)) = lobby.waiting.pop_front() {
-            if let Err(newcomer) = self.admit(newcomer, Some(Duration::ZERO)) {
-                lobby.refuse(newcomer.0);
+            if let Err(newcomer) = self.admit(newcomer, Some(Duration::ZERO), &mut lobby) {
+                lobby.refuse(newcomer);
             }
         }
         self.drain()
@@ -376,7 +379,7 @@ where
             let presses = overdue && ago(lobby.pressed) >= PATIENCE;
             let searches = presses || ago(lobby.searched) >= QUICK_TICK;
             let idle_for = if presses { Duration::ZERO } else { UNTOUCHABLE };
-            let Err(newcomer) = self.admit(newcomer, searches.then_some(idle_for)) else {
+            let Err(newcomer) = self.admit(newcomer, searches.then_some(idle_for), lobby) else {
                 if presses {
                     lobby.pressed = Some(Instant::now());
                 }
@@ -388,7 +391,7 @@ where
             if !overdue {
                 return lobby.waiting.push_front((since, newcomer));
             }
-            lobby.refuse(newcomer.0);
+            lobby.refuse(newcomer);
         }
     }
 
@@ -412,21 +415,30 @@ where
             self.bell.wait_timeout_while(self.lock(), left, |house| !house.connections.is_empty());
     }
 
+    fn meet(&self, stream: TcpStream, peer: SocketAddr) -> Arc<Connection> {
+        let _ = stream.set_nodelay(true);
+        let _ = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER);
+        let state = AtomicU64::new(BUSY);
+        Arc::new(Connection { stream, peer, epoch: self.started, state })
+    }
+
     /// Gives a new connection a place and a thread; gives it back if there is none. The place
     /// may be that of somebody else, see [`Server::evict`], unless `idle_for` is none.
     fn admit(
         self: &Arc<Self>,
-        (stream, peer): Newcomer,
+        connection: Arc<Connection>,
         idle_for: Option<Duration>,
-    ) -> Result<(), Newcomer> {
+        lobby: &mut Lobby,
+    ) -> Result<(), Arc<Connection>> {
         let mut house = self.lock();
-        let full = house.connections.len() >= self.limits.threads;
-        if full && !idle_for.is_some_and(|idle_for| self.evict(&mut house, idle_for)) {
-            return Err((stream, peer));
+        let mut evicted = None;
+        if house.connections.len() >= self.limits.threads {
+            evicted = idle_for.and_then(|idle_for| self.evict(&mut house, idle_for));
+            if evicted.is_none() {
+                return Err(connection);
+            }
         }
-        let _ = stream.set_nodelay(true);
-        let _ = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER);
-        let connection = Arc::new(Connection::new(stream, peer, self.started));
+        connection.wait_for(Phase::New, Instant::now());
         let key = house.next_key;
         house.next_key += 1;
         house.connections.insert(key, Arc::clone(&connection));
@@ -454,12 +466,13 @@ where
         self.count(&house);
         drop(house);
         self.bell.notify_one();
+        evicted.into_iter().for_each(|evicted| lobby.send_away(evicted));
         Ok(())
     }
 
-    /// Ends the connection that has waited longest, idle ones first if they are idle for so
-    /// long, but none that waits for us: with something to read in its socket.
-    fn evict(&self, house: &mut House, idle_for: Duration) -> bool {
+    /// Takes the place of the connection that has waited longest, idle ones first if they are
+    /// idle for so long, but of none that waits for us: with something to read in its socket.
+    fn evict(&self, house: &mut House, idle_for: Duration) -> Option<Arc<Connection>> {
         let waiting = house.connections.iter().filter_map(|(key, connection)| {
             let (phase, since) = connection.waiting()?;
             let untouchable = if phase == Phase::Idle { idle_for } else { UNTOUCHABLE };
@@ -473,16 +486,19 @@ where
                 (phase == Phase::Writing || !connection.has_unread()) && connection.evict()
             };
             if house.connections.get(&key).is_some_and(evicted) {
-                house.connections.remove(&key);
                 metrics::EVICTED.inc();
-                return true;
+                return house.connections.remove(&key);
             }
         }
-        false
+        None
     }
 
     /// The life of a thread: one connection after the other.
     fn work(&self) {
+        // Who decides that there is no place must not stand in a queue of hundreds of threads
+        // for the processor: then a refusal takes longer than an answer. (On Linux each
+        // thread has its own.)
+        let _ = rustix::process::nice(self.limits.nice);
         loop {
             let mut house = self.lock();
             house.idle_threads += 1;
@@ -550,12 +566,6 @@ const BUSY: u64 = 0;
 const EVICTED: u64 = u64::MAX;
 
 impl Connection {
-    fn new(stream: TcpStream, peer: SocketAddr, epoch: Instant) -> Connection {
-        let connection = Connection { stream, peer, epoch, state: AtomicU64::new(BUSY) };
-        connection.wait_for(Phase::New, Instant::now());
-        connection
-    }
-
     /// Marks the begin of a wait; once evicted, a connection stays so.
     fn wait_for(&self, phase: Phase, since: Instant) {
         let micros = since.saturating_duration_since(self.epoch).as_micros() as u64;
@@ -584,12 +594,12 @@ impl Connection {
         Some((phase, self.epoch + Duration::from_micros(state >> 3)))
     }
 
-    /// Ends it unless it has just become busy.
+    /// Takes it from its thread, unless it has just become busy. A reader's client can still
+    /// be told why; a writer's does not listen.
     fn evict(&self) -> bool {
         let waits = |old| (old != BUSY && old != EVICTED).then_some(EVICTED);
         let evicted = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, waits);
         let Ok(old) = evicted else { return false };
-        // A reader can still be told why; a writer's client does not listen.
         let writing = old & 7 == Phase::Writing as u64;
         let _ = self.stream.shutdown(if writing { Shutdown::Both } else { Shutdown::Read });
         true
@@ -600,6 +610,11 @@ impl Connection {
         let mut byte = [MaybeUninit::uninit()];
         let peeked = SockRef::from(&self.stream).recv_with_flags(&mut byte, PEEK_AT_ONCE);
         peeked.is_ok_and(|bytes| bytes > 0)
+    }
+
+    /// Of one that does not block; whether its client has ended it.
+    fn drop_unread(&self) -> bool {
+        matches!((&self.stream).read(&mut [0; READ]), Ok(0))
     }
 
     fn close_if_idle(&self) {
@@ -615,16 +630,13 @@ impl Connection {
     }
 }
 
-/// A connection and the address of its client.
-type Newcomer = (TcpStream, SocketAddr);
-
 /// Connections that have no place: those that wait for one, and those that were told 503,
 /// kept for a moment so that closing them with their request unread does not take the
 /// answer away. The oldest first.
 #[derive(Default)]
 struct Lobby {
-    waiting: VecDeque<(Instant, Newcomer)>,
-    refused: VecDeque<(Instant, TcpStream)>,
+    waiting: VecDeque<(Instant, Arc<Connection>)>,
+    refused: VecDeque<(Instant, Arc<Connection>)>,
     /// Of both together.
     most: usize,
     /// When nobody was found who could be evicted.
@@ -635,18 +647,24 @@ struct Lobby {
 
 impl Lobby {
     /// Gives a newcomer a chair.
-    fn receive(&mut self, newcomer: Newcomer) {
+    fn receive(&mut self, newcomer: Arc<Connection>) {
         if self.waiting.len() == self.most {
             // It has waited for a shorter time than the others, but they are next.
-            self.refuse(newcomer.0);
+            self.refuse(newcomer);
         } else {
             self.waiting.push_back((Instant::now(), newcomer));
             self.make_room();
         }
     }
 
-    fn refuse(&mut self, stream: TcpStream) {
+    fn refuse(&mut self, newcomer: Arc<Connection>) {
         metrics::REFUSED.inc();
+        self.send_away(newcomer);
+    }
+
+    /// Says 503. Also to an evicted one that seems to be idle: its next request may be on
+    /// the way, and without an answer nobody could tell whether it was done.
+    fn send_away(&mut self, connection: Arc<Connection>) {
         let id = Uuid::now_v7();
         let told = "the server has no place left";
         let body = format!(
@@ -659,10 +677,11 @@ impl Lobby {
              Connection: close\r\n\r\n{body}",
             body.len()
         );
+        let mut stream = &connection.stream;
         let _ = stream.set_nonblocking(true);
-        let _ = (&stream).write(answer.as_bytes());
+        let _ = stream.write(answer.as_bytes());
         let _ = stream.shutdown(Shutdown::Write);
-        self.refused.push_back((Instant::now(), stream));
+        self.refused.push_back((Instant::now(), connection));
         self.make_room();
         self.sweep();
     }
@@ -670,19 +689,16 @@ impl Lobby {
     /// Forgets of those that were refused as many as are too many.
     fn make_room(&mut self) {
         while self.waiting.len() + self.refused.len() > self.most {
-            if self.refused.pop_front().is_none() {
-                return;
-            }
+            let Some((_, connection)) = self.refused.pop_front() else { return };
+            connection.drop_unread();
         }
     }
 
     /// Drops those at the front that have ended or had their time. Not all are looked
     /// at: in a flood of clients that would cost each refusal a call for every other.
     fn sweep(&mut self) {
-        let mut dropped = [0; 4096];
-        while let Some((since, stream)) = self.refused.front() {
-            let ended = matches!((&*stream).read(&mut dropped), Ok(0));
-            if !ended && since.elapsed() < LINGER {
+        while let Some((since, connection)) = self.refused.front() {
+            if !connection.drop_unread() && since.elapsed() < LINGER {
                 return;
             }
             self.refused.pop_front();
@@ -785,13 +801,8 @@ where
                 // Its client may not know yet that the last answer was the last one.
                 (false, true) => STOP_QUIET,
             };
-            match self.fill(timeout) {
-                Ok(read) if read > 0 => (),
-                // Evicted at the moment at which its request came.
-                Err(_) if !self.buffer.is_empty() => {
-                    return Err(Problem::unavailable("the server has no place left").into());
-                }
-                _ => return Err(NoRequest::Closed),
+            if !matches!(self.fill(timeout), Ok(read) if read > 0) {
+                return Err(NoRequest::Closed);
             }
         }
         let begun = Instant::now();
@@ -841,10 +852,6 @@ where
             Ok(_) => Ok(()),
             Err(err) if is_pause(&err) => {
                 Err(Problem::new(408, format!("{what} did not arrive in time")).into())
-            }
-            Err(err) if err.kind() == ErrorKind::ConnectionAborted => {
-                let told = format!("{what} is slow, and the server has no place left");
-                Err(Problem::unavailable(told).into())
             }
             Err(_) => Err(NoRequest::Closed),
         }

@@ -34,9 +34,6 @@ pub(crate) enum Program {
     Careless,
     /// The service itself, with so few descriptors.
     Starved(u32),
-    /// The service itself, which leaves the processor to the driver: clients that are as slow
-    /// as an overloaded machine say nothing of the service.
-    Nice,
     /// Nothing: somebody else runs it.
     Absent,
 }
@@ -361,11 +358,6 @@ fn launch(stack: &Stack, name: &str, program: Program) -> Service {
             let mut command = Command::new("prlimit");
             let service = stack.command(name);
             command.arg(format!("--nofile={descriptors}")).arg(service.get_program());
-            stack.launch(name, command)
-        }
-        Program::Nice => {
-            let mut command = Command::new("nice");
-            command.args(["-n", "10"]).arg(stack.command(name).get_program());
             stack.launch(name, command)
         }
         Program::Absent => {
