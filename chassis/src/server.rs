@@ -416,8 +416,6 @@ where
     }
 
     fn meet(&self, stream: TcpStream, peer: SocketAddr) -> Arc<Connection> {
-        let _ = stream.set_nodelay(true);
-        let _ = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER);
         let state = AtomicU64::new(BUSY);
         Arc::new(Connection { stream, peer, epoch: self.started, state })
     }
@@ -438,6 +436,8 @@ where
                 return Err(connection);
             }
         }
+        let _ = connection.stream.set_nodelay(true);
+        let _ = SockRef::from(&connection.stream).set_send_buffer_size(SEND_BUFFER);
         connection.wait_for(Phase::New, Instant::now());
         let key = house.next_key;
         house.next_key += 1;
