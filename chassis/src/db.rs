@@ -224,6 +224,9 @@ pub struct Conn<S> {
 /// Prepares a service's statements on a new connection.
 pub type Prepare<S> = fn(&mut Client) -> Result<S, postgres::Error>;
 
+/// How a question waits for its connection.
+type Take = fn(&Turns, Duration) -> Option<Turn>;
+
 /// A bounded pool; clones share it.
 pub struct Pool<S: Send + 'static> {
     inner: r2d2::Pool<Manager<S>>,
@@ -272,7 +275,23 @@ impl<S: Send + 'static> Pool<S> {
         &self,
         ask: impl Fn(&mut Conn<S>) -> Result<T, postgres::Error>,
     ) -> Result<T, Error> {
-        let (_turn, mut conn) = self.get()?;
+        self.ask(Turns::take, ask)
+    }
+
+    /// The same for one of many questions of one request: it lets those of others past.
+    pub fn read_giving_way<T>(
+        &self,
+        ask: impl Fn(&mut Conn<S>) -> Result<T, postgres::Error>,
+    ) -> Result<T, Error> {
+        self.ask(Turns::take_giving_way, ask)
+    }
+
+    fn ask<T>(
+        &self,
+        take: Take,
+        ask: impl Fn(&mut Conn<S>) -> Result<T, postgres::Error>,
+    ) -> Result<T, Error> {
+        let (_turn, mut conn) = self.get(take)?;
         match within(self.limit, || ask(&mut conn)) {
             Err(err) if is_disconnect(&err) => {
                 self.doubts.fetch_add(1, Ordering::SeqCst);
@@ -290,7 +309,7 @@ impl<S: Send + 'static> Pool<S> {
         &self,
         change: impl FnOnce(&mut Conn<S>) -> Result<T, postgres::Error>,
     ) -> Result<T, Error> {
-        let (_turn, mut conn) = self.get()?;
+        let (_turn, mut conn) = self.get(Turns::take)?;
         within(self.limit, || change(&mut conn)).map_err(|err| {
             if is_disconnect(&err) {
                 self.doubts.fetch_add(1, Ordering::SeqCst);
@@ -300,10 +319,10 @@ impl<S: Send + 'static> Pool<S> {
     }
 
     /// A connection, and the right to it: the connection is given back first.
-    fn get(&self) -> Result<(Turn, PooledConnection<Manager<S>>), Error> {
+    fn get(&self, take: Take) -> Result<(Turn, PooledConnection<Manager<S>>), Error> {
         let deadline = Instant::now() + self.timeout;
         let waited = metrics::POOL_WAIT.start_timer();
-        let turn = self.turns.take(self.timeout);
+        let turn = take(&self.turns, self.timeout);
         let got = turn.ok_or_else(|| {
             metrics::POOL_TIMEOUTS.inc();
             Error::Unavailable("all connections to the database are in use".into())

@@ -164,7 +164,10 @@ impl List {
             title: self.query.title.as_deref(),
         };
         let separator = self.separator;
-        let page = self.db.read(|db| Ok(render(separator, &store::page(db, &wanted)?)))?;
+        let ask = |db: &mut store::Db| Ok(render(separator, &store::page(db, &wanted)?));
+        // Whoever asks for a little must not stand behind hundreds of pages of long lists.
+        let begun = separator == b',';
+        let page = if begun { self.db.read_giving_way(ask) } else { self.db.read(ask) }?;
         self.buffer = page.json.map_err(|err| Problem::internal().because(err))?;
         self.left -= page.movies;
         if let Some(last) = page.last {
