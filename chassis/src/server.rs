@@ -154,8 +154,6 @@ pub struct Limits {
     pub max_body: usize,
     /// Largest sum of all bodies that are in memory, in bytes.
     pub body_budget: usize,
-    /// By how much the threads are nicer than the process, see nice(2).
-    pub nice: i32,
 }
 
 impl Config {
@@ -183,7 +181,6 @@ impl Config {
                 max_headers: 100,
                 max_body: env.number("HTTP_MAX_BODY_BYTES", 256 << 10, 1..=1 << 30),
                 body_budget: env.number("HTTP_BODY_BUDGET_BYTES", 16 << 20, 1..=1 << 40),
-                nice: env.number("HTTP_THREADS_NICE", 10, 0..=19),
             },
         }
     }
@@ -495,10 +492,6 @@ where
 
     /// The life of a thread: one connection after the other.
     fn work(&self) {
-        // Who decides that there is no place must not stand in a queue of hundreds of threads
-        // for the processor: then a refusal takes longer than an answer. (On Linux each
-        // thread has its own.)
-        let _ = rustix::process::nice(self.limits.nice);
         loop {
             let mut house = self.lock();
             house.idle_threads += 1;

@@ -82,7 +82,6 @@ fn limits() -> Limits {
         max_headers: 100,
         max_body: 100_000,
         body_budget: 1 << 20,
-        nice: 0,
     }
 }
 

@@ -19,7 +19,6 @@ const LIMITS: Limits = Limits {
     max_headers: 16,
     max_body: 256,
     body_budget: 0,
-    nice: 0,
 };
 
 /// The control: with this variable set the reader takes `Content-Length: +3` for 3,
