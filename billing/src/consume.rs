@@ -186,6 +186,8 @@ struct Parked {
     reason: String,
     /// The record that made its booking doubtful; goes with it.
     doubt: Option<i64>,
+    /// Whether its attempts are counted.
+    attempted: bool,
     /// Its name among the dead letters, the same at each try.
     key: Uuid,
 }
@@ -200,6 +202,9 @@ struct Done {
     batches: Vec<i64>,
     /// Doubts whose message is among the dead letters.
     doubts: Vec<i64>,
+    /// Bodies whose attempts were counted, of messages among the dead letters. The count
+    /// must outlive an acknowledgement that is lost: else they would kill again.
+    attempted: Vec<Vec<u8>>,
 }
 
 /// What is to be done with a message.
@@ -334,12 +339,10 @@ impl Session<'_, '_> {
     fn settle(&mut self, batch: Vec<Delivery>) -> anyhow::Result<()> {
         metrics::BATCH_SIZE.observe(batch.len() as f64);
         let judged = self.judge(&batch);
-        if let [alone] = batch.as_slice()
-            && alone.redelivered
-            && !matches!(&judged, Ok(judged) if matches!(judged.fates[0], Fate::Settled))
-        {
-            // Whatever is wrong with it, it has not killed the process.
-            self.consumer.books.try_once(|store| store.forget_attempts(&alone.body));
+        let attempted = batch.len() == 1 && batch[0].redelivered;
+        if attempted && judged.is_err() {
+            // Whatever was wrong, it has not killed the process.
+            self.consumer.books.try_once(|store| store.forget_attempts(&batch[0].body));
         }
         let Judgement { fates, batches } = judged?;
         observe_lag(&batch);
@@ -349,7 +352,7 @@ impl Session<'_, '_> {
                 Fate::Settled => self.done.deliveries.push(delivery),
                 Fate::Hopeless { reason, doubt } => {
                     let key = Uuid::now_v7();
-                    self.parked.push(Parked { delivery, reason, doubt, key });
+                    self.parked.push(Parked { delivery, reason, doubt, attempted, key });
                 }
             }
         }
@@ -485,10 +488,14 @@ impl Session<'_, '_> {
             reason,
             key: *key,
         }));
-        for Parked { delivery, reason, doubt, .. } in self.parked.drain(..grave.buried(wait)) {
+        for parked in self.parked.drain(..grave.buried(wait)) {
+            let Parked { delivery, reason, doubt, attempted, .. } = parked;
             let id = delivery.properties.message_id().as_deref().unwrap_or_default();
             log::warn!("message {id:?} went to the dead letters: {reason}");
             metrics::REJECTED.inc();
+            if attempted {
+                self.done.attempted.push(delivery.body.clone());
+            }
             self.done.deliveries.push(delivery);
             self.done.doubts.extend(doubt);
         }
@@ -500,7 +507,7 @@ impl Session<'_, '_> {
     /// One acknowledgement covers everything delivered before, so what came after a parked
     /// message waits a little for it: one for each would cost more than the orders do.
     fn acknowledge(&mut self) -> anyhow::Result<()> {
-        let Done { deliveries, batches, doubts } = std::mem::take(&mut self.done);
+        let Done { deliveries, batches, doubts, attempted } = std::mem::take(&mut self.done);
         let parked = self.parked.first().map_or(u64::MAX, |parked| parked.delivery.delivery_tag());
         let (before, after): (Vec<Delivery>, Vec<Delivery>) =
             deliveries.into_iter().partition(|delivery| delivery.delivery_tag() < parked);
@@ -508,7 +515,7 @@ impl Session<'_, '_> {
         if let Some(last) = before.into_iter().max_by_key(Delivery::delivery_tag) {
             self.line.ack_multiple(last)?;
         }
-        let doubtful = !(batches.is_empty() && doubts.is_empty());
+        let doubtful = !(batches.is_empty() && doubts.is_empty() && attempted.is_empty());
         let soon = self.consumer.grave.under_way() > 0 && !self.consumer.stop.raised();
         if soon && !doubtful && after.len() < HELD * self.consumer.config.batch_size {
             self.done.deliveries = after;
@@ -521,7 +528,10 @@ impl Session<'_, '_> {
         if doubtful {
             self.line.prove()?;
             // If this fails, a record stays behind that may cost somebody a look.
-            self.consumer.books.try_once(|store| store.forget_doubts(&batches, &doubts));
+            self.consumer.books.try_once(|store| {
+                store.forget_doubts(&batches, &doubts)?;
+                attempted.iter().try_for_each(|body| store.forget_attempts(body))
+            });
         }
         Ok(())
     }

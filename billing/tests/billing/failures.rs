@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use amiquip::QueueDeleteOptions;
 use chassis::testing::{eventually, management};
+use postgres::Client;
 
 use crate::harness::{Shop, booked, get, numbered, order};
 
@@ -90,24 +91,42 @@ fn a_message_that_kills_the_process_is_given_up_and_takes_no_neighbour_with_it()
     )
     .unwrap();
     shop.post(&numbered(20));
-    let in_hand = "select count(*) from pg_stat_activity
-                   where datname = current_database() and wait_event = 'PgSleep'";
+    let sleeping = |db: &mut Client| -> i64 {
+        let asked = "select count(*) from pg_stat_activity
+                     where datname = current_database() and wait_event = 'PgSleep'";
+        db.query_one(asked, &[]).unwrap().get(0)
+    };
+    let refuse = |kind: &str, most: serde_json::Value| {
+        let policy = format!("policies/{}/nothing", shop.vhost.name);
+        let definition = serde_json::json!({ "max-length": most, "overflow": "reject-publish" });
+        let pattern = format!("^{}$", shop.config().dead_queue().replace('.', "[.]"));
+        let body =
+            serde_json::json!({ "pattern": pattern, "priority": 9, "definition": definition });
+        management(kind, &policy, Some(body));
+    };
+    // At first no dead letter can be written.
+    refuse("PUT", serde_json::json!(0));
     let mut kills = 0;
-    while shop.depth(".dead") == 0 {
+    let metrics = format!("http://{}/metrics", shop.config().http.metrics_listen);
+    let given_up = || get(&metrics).1.contains("billing_messages_parked 1");
+    let mut process = loop {
         let mut process = shop.start();
-        let killing = eventually("the killer in hand, or dead", 30, || {
-            let sleeping: i64 = db.query_one(in_hand, &[]).unwrap().get(0);
-            match sleeping {
-                0 if shop.depth(".dead") == 0 => None,
+        let killing =
+            eventually("the killer in hand, or given up", 30, || match sleeping(&mut db) {
+                0 if !given_up() => None,
                 sleeping => Some(sleeping > 0),
-            }
-        });
-        if killing {
-            process.kill();
-            kills += 1;
-            shop.break_database_connections_but(&mut db);
+            });
+        if !killing {
+            break process;
         }
-    }
+        process.kill();
+        kills += 1;
+        shop.break_database_connections_but(&mut db);
+        eventually("its session gone", 30, || (sleeping(&mut db) == 0).then_some(()));
+    };
+    // What was given up stays so, also when the process dies before anybody else knows.
+    process.kill();
+    refuse("DELETE", serde_json::Value::Null);
     let _process = shop.start();
     shop.await_orders(19, 30);
     let dead = shop.await_dead(1, 10);
