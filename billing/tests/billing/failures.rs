@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use amiquip::QueueDeleteOptions;
 use chassis::testing::{eventually, management};
 use postgres::Client;
 
@@ -246,13 +245,7 @@ fn what_is_in_hand_when_the_queue_is_deleted_is_booked() {
     let shop = Shop::new().with("BILLING_BATCH_WAIT_MS", "600000");
     shop.post(&numbered(COUNT));
     let _billing = shop.consume();
-    let (mut connection, _leash) = shop.admin().connect("operator").unwrap();
-    let channel = connection.open_channel(None).unwrap();
-    eventually("all is delivered", 30, || {
-        let queue = channel.queue_declare_passive(shop.config().queue).unwrap();
-        (queue.declared_message_count() == Some(0)).then_some(())
-    });
-    let left = channel.queue_delete(shop.config().queue, QueueDeleteOptions::default()).unwrap();
+    let left = shop.delete_queue_when_all_is_delivered();
     shop.await_orders(COUNT as i64 - i64::from(left), 30);
 }
 
@@ -263,13 +256,7 @@ fn what_is_hopeless_and_in_hand_when_the_queue_is_deleted_goes_to_the_dead_lette
     let shop = Shop::new().with("BILLING_BATCH_WAIT_MS", "600000");
     shop.post(&vec![("", "garbage"); COUNT]);
     let _billing = shop.consume();
-    let (mut connection, _leash) = shop.admin().connect("operator").unwrap();
-    let channel = connection.open_channel(None).unwrap();
-    eventually("all is delivered", 30, || {
-        let queue = channel.queue_declare_passive(shop.config().queue).unwrap();
-        (queue.declared_message_count() == Some(0)).then_some(())
-    });
-    let left = channel.queue_delete(shop.config().queue, QueueDeleteOptions::default()).unwrap();
+    let left = shop.delete_queue_when_all_is_delivered();
     assert_eq!(left, 0);
     shop.await_dead(COUNT, 30);
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{self, JoinHandle};
 
-use amiquip::{AmqpProperties, AmqpValue, Connection};
+use amiquip::{AmqpProperties, AmqpValue, Connection, QueueDeleteOptions};
 use billing::config::Config;
 use billing::consume;
 use billing::publish::{Letter, Publisher};
@@ -150,6 +150,19 @@ impl Shop {
         connection.close().unwrap();
         drop(leash);
         count
+    }
+
+    /// Returns how many messages were in the queue after all.
+    pub(crate) fn delete_queue_when_all_is_delivered(&self) -> u32 {
+        let (mut connection, _leash): (Connection, Leash) =
+            self.admin().connect("operator").unwrap();
+        let channel = connection.open_channel(None).unwrap();
+        let queue = self.config().queue;
+        eventually("all is delivered", 30, || {
+            let declared = channel.queue_declare_passive(&queue).unwrap();
+            (declared.declared_message_count() == Some(0)).then_some(())
+        });
+        channel.queue_delete(&queue, QueueDeleteOptions::default()).unwrap()
     }
 
     /// What a consumer does that dies: so many messages will be delivered again.
