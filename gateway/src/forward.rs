@@ -29,6 +29,11 @@ const HELD: usize = 32 << 10;
 /// at which inventory closes it.
 const MAX_IDLE: Duration = Duration::from_secs(15);
 
+/// Most connections that are kept for later. ureq takes the one that has lain longest, so
+/// that under any load none of them grows old: what one burst has opened would stay open,
+/// and inventory keeps a thread for each.
+const MAX_IDLE_CONNECTIONS: usize = 64;
+
 /// How long a request waits for a place while inventory is at work.
 const PATIENCE: Duration = Duration::from_millis(20);
 
@@ -95,8 +100,8 @@ impl Inventory {
             .accept_encoding("")
             .input_buffer_size(8 << 10)
             .output_buffer_size(16 << 10)
-            .max_idle_connections(config.max_in_flight)
-            .max_idle_connections_per_host(config.max_in_flight)
+            .max_idle_connections(MAX_IDLE_CONNECTIONS)
+            .max_idle_connections_per_host(MAX_IDLE_CONNECTIONS)
             .max_idle_age(MAX_IDLE)
             .build();
         Inventory {

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -268,6 +268,31 @@ fn a_slow_inventory_does_not_take_the_threads_that_others_need() {
     assert_eq!(status_of(&health), "200", "{health}");
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     drop(waiting);
+}
+
+#[test]
+fn what_a_burst_opens_to_inventory_is_closed_again() {
+    const BURST: usize = 150;
+    let (stack, gateway) = gateway(|stack| {
+        stack.set("GATEWAY_FORWARD_TIMEOUT_MS", 30_000);
+    });
+    let descriptors =
+        || std::fs::read_dir(format!("/proc/{}/fd", gateway.child.id())).unwrap().count();
+    let before = descriptors();
+    let all = Barrier::new(BURST);
+    Upstream::start(&stack, move |stream, request| {
+        if !request.starts_with("GET /health") {
+            all.wait();
+        }
+        ok(stream, request)
+    });
+    thread::scope(|scope| {
+        for _ in 0..BURST {
+            let ask = || raw(stack.address, "GET /api/movies HTTP/1.0\r\nHost: h\r\n\r\n");
+            scope.spawn(move || assert_eq!(status_of(&ask()), "200"));
+        }
+    });
+    eventually("most are closed", 10, || (descriptors() <= before + 64).then_some(()));
 }
 
 #[test]
