@@ -79,11 +79,13 @@ fn overload(run: &mut Run<'_>) -> Outcome {
                 let last = percentile(&seen.refused, 99);
                 println!(
                     "  {name} at {rate} of {saturation:.0}/s: goodput {:.0}/s p99 {:.1?}, {} refused \
-                     p50 {:.1?} p99 {last:.1?}, {} late, {} broken, {} never sent",
+                     p50 {:.1?} p99 {last:.1?} ({} over {REFUSAL:?}), {} late, {} broken, {} never \
+                     sent",
                     seen.goodput(time),
                     percentile(&seen.good, 99),
                     seen.refused.len(),
                     percentile(&seen.refused, 50),
+                    seen.refused.iter().filter(|time| **time > REFUSAL).count(),
                     seen.late,
                     seen.broken,
                     seen.unsent,
@@ -133,12 +135,11 @@ fn normal_again(generator: &Generator<'_>, saturation: f64, name: &str, outcome:
     while over.elapsed() < Duration::from_secs(5) {
         let time = Duration::from_millis(500);
         let seen = generator.open_loop(saturation * 0.25, time);
-        let sent = seen.good.len() + seen.refused.len() + seen.late + seen.broken + seen.unsent;
-        if seen.good.len() * 100 >= sent * 99 && sent > 0 {
+        if seen.is_all_well() {
             println!("  {name}: normal again after {:.1?}", over.elapsed());
             return;
         }
-        last = format!("{} of {sent} good", seen.good.len());
+        last = format!("{} of {} good", seen.good.len(), seen.sent());
     }
     outcome.wrong.push(format!("{name} is not normal 5 s after: {last}"));
 }
@@ -170,6 +171,16 @@ impl Seen {
     fn goodput(&self, time: Duration) -> f64 {
         self.good.len() as f64 / time.as_secs_f64()
     }
+
+    fn sent(&self) -> usize {
+        let answered = self.good.len() + self.refused.len() + self.other;
+        answered + self.late + self.broken + self.unsent
+    }
+
+    /// Whether 99 of 100 were served in time.
+    fn is_all_well(&self) -> bool {
+        self.sent() > 0 && self.good.len() * 100 >= self.sent() * 99
+    }
 }
 
 struct Connection {
@@ -187,6 +198,16 @@ impl Generator<'_> {
     /// has the answer.
     pub(crate) fn saturation(&self, time: Duration) -> f64 {
         self.generate(None, time, CLOSED).goodput(time)
+    }
+
+    /// The highest rate (a second) at which 99 of 100 requests that come of themselves are
+    /// served: less than what clients reach that wait for each other.
+    pub(crate) fn sustained(&self, time: Duration) -> f64 {
+        let mut rate = 0.2 * self.saturation(time);
+        while self.open_loop(1.1 * rate, time).is_all_well() {
+            rate *= 1.1;
+        }
+        rate
     }
 
     /// Requests that are due at this rate (a second), whatever becomes of them.

@@ -15,7 +15,7 @@ pub(crate) const CASES: &[Case] = &[Case {
     run: soak,
 }];
 
-/// The part of the saturation.
+/// The part of what can be served for long.
 const PART: f64 = 0.6;
 
 /// Samples of a run; the second and the last fifth are compared.
@@ -50,7 +50,7 @@ fn soak(run: &mut Run<'_>) -> Outcome {
     let platform = &*run.platform;
     let memory = platform.watch_memory();
     let warm = Duration::from_secs(3);
-    let rates: Vec<f64> = loads.iter().map(|load| PART * load.saturation(warm)).collect();
+    let rates: Vec<f64> = loads.iter().map(|load| PART * load.sustained(warm)).collect();
     let step = whole / (SAMPLES * loads.len()) as u32;
     let mut samples: Vec<Vec<f64>> = Vec::new();
     let begun = Instant::now();
