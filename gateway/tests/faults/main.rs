@@ -248,8 +248,8 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
         let name = format!("{}{}", case.name, if control { "-control" } else { "" });
         let tag = format!("{name}-{}-{runs}", process::id());
         let begun = Instant::now();
-        let _guard =
-            must_end(name.clone(), Duration::from_secs(if options.long { 1800 } else { 300 }));
+        let limit = if options.long { 1800 + 60 * options.minutes.unwrap_or(0) } else { 300 };
+        let _guard = must_end(name.clone(), Duration::from_secs(limit));
         print!("{name} … ");
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             platform.restore();
