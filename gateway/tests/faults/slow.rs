@@ -194,7 +194,8 @@ fn slowhttptest(target: &Target, attack: &str) -> Seen {
     seen
 }
 
-/// 20 MB of movies, as long as this lives.
+/// 20 MB of movies, as long as this lives, some with short texts and some with long ones: a page
+/// of either is what a slow reader costs.
 struct LongList<'p> {
     admin: postgres::Client,
     tag: &'p str,
@@ -204,8 +205,10 @@ impl<'p> LongList<'p> {
     fn new(platform: &Platform, tag: &'p str) -> LongList<'p> {
         let mut admin = platform.connect("INVENTORY_DB_NAME");
         let add = "insert into movies (title, description)
-                   select $1 || number, repeat('x', 10000) from generate_series(1, 2000) as number";
-        admin.execute(add, &[&tag]).unwrap();
+                   select $1 || number, repeat('x', $2) from generate_series(1, $3) as number";
+        for (length, movies) in [(100, 20_000), (10_000, 2000)] {
+            admin.execute(add, &[&tag, &length, &movies]).unwrap();
+        }
         LongList { admin, tag }
     }
 }
