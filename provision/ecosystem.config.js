@@ -20,8 +20,14 @@ const settings = Object.fromEntries(
 const common = /^(LOG|HTTP)_/
 const broker = /^RABBITMQ_(HOST|PORT|VHOST|QUEUE|HEARTBEAT_S)$/
 // glibc would keep an arena for each core and ever larger blocks for later use: with fixed
-// limits memory goes back after a peak.
-const malloc = { MALLOC_ARENA_MAX: '2', MALLOC_TRIM_THRESHOLD_: '131072', MALLOC_MMAP_THRESHOLD_: '16384' }
+// limits memory goes back after a peak. Nor with a cache for each of 256 threads: what lies in
+// them keeps whole pages around it from being given back.
+const malloc = {
+  MALLOC_ARENA_MAX: '2',
+  MALLOC_TRIM_THRESHOLD_: '131072',
+  MALLOC_MMAP_THRESHOLD_: '16384',
+  GLIBC_TUNABLES: 'glibc.malloc.tcache_count=0',
+}
 const owner = /_DB_OWNER/
 const only = (...patterns) => Object.fromEntries(
   Object.entries(settings).filter(([name]) => !owner.test(name) && patterns.some(p => p.test(name))),
