@@ -20,8 +20,8 @@ const settings = Object.fromEntries(
 const common = /^(LOG|HTTP)_/
 const broker = /^RABBITMQ_(HOST|PORT|VHOST|QUEUE|HEARTBEAT_S)$/
 // glibc would keep an arena for each core and ever larger blocks for later use: with fixed
-// limits memory goes back after a peak. Nor with a cache for each of 256 threads: what lies in
-// them keeps whole pages around it from being given back.
+// limits memory goes back after a peak. And no cache for each of 256 threads: what lies in one
+// keeps whole pages around it from being given back.
 const malloc = {
   MALLOC_ARENA_MAX: '2',
   MALLOC_TRIM_THRESHOLD_: '131072',

@@ -164,53 +164,41 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(20);
 
-    #[test]
-    fn places_are_given_in_the_order_in_which_they_were_asked_for() {
+    /// One waiter after the other comes to a single place; in which order they have it.
+    fn order_of(gives_way: &[bool]) -> Vec<usize> {
         let turns = Turns::new(1);
         let first = turns.take(LONG).unwrap();
         let order = Mutex::new(Vec::new());
+        let waiting = || {
+            let state = turns.lock();
+            state.waiting.first.len() + state.waiting.then.len()
+        };
         thread::scope(|scope| {
-            for number in 0..5 {
+            for (number, gives_way) in gives_way.iter().enumerate() {
                 let (turns, order) = (&turns, &order);
                 scope.spawn(move || {
-                    let _turn = turns.take(LONG).unwrap();
+                    let _turn = turns.wait(LONG, None, *gives_way).unwrap();
                     order.lock().unwrap().push(number);
                 });
-                while turns.lock().waiting.first.len() <= number {
+                while waiting() <= number {
                     thread::yield_now();
                 }
             }
             drop(first);
         });
-        assert_eq!(*order.lock().unwrap(), [0, 1, 2, 3, 4]);
         assert_eq!(turns.lock().free, 1);
+        order.into_inner().unwrap()
+    }
+
+    #[test]
+    fn places_are_given_in_the_order_in_which_they_were_asked_for() {
+        assert_eq!(order_of(&[false; 5]), [0, 1, 2, 3, 4]);
     }
 
     #[test]
     fn who_gives_way_lets_three_past_and_then_has_a_place() {
-        let turns = Turns::new(1);
-        let first = turns.take(LONG).unwrap();
-        let order = Mutex::new(Vec::new());
-        thread::scope(|scope| {
-            for number in 0..8 {
-                let (turns, order) = (&turns, &order);
-                let gives_way = number < 2;
-                scope.spawn(move || {
-                    let _turn = turns.wait(LONG, None, gives_way).unwrap();
-                    order.lock().unwrap().push(number);
-                });
-                let waiting = |turns: &Turns| {
-                    let state = turns.lock();
-                    state.waiting.first.len() + state.waiting.then.len()
-                };
-                while waiting(turns) <= number {
-                    thread::yield_now();
-                }
-            }
-            drop(first);
-        });
-        assert_eq!(*order.lock().unwrap(), [2, 3, 4, 0, 5, 6, 7, 1]);
-        assert_eq!(turns.lock().free, 1);
+        let gives_way = [true, true, false, false, false, false, false, false];
+        assert_eq!(order_of(&gives_way), [2, 3, 4, 0, 5, 6, 7, 1]);
     }
 
     #[test]
