@@ -6,12 +6,17 @@
 //! what is asked for.
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSliceMut, Write};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant, SystemTime};
 
 use mio::net::TcpStream;
 use mio::{Events, Poll, PollOpt, Ready, Token};
+use nix::cmsg_space;
+use nix::sys::socket::sockopt::ReceiveTimestampns;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt};
+use nix::sys::time::TimeSpec;
 use socket2::{Domain, Socket, Type};
 
 use crate::clients::{find, order, percentile, read_head};
@@ -155,7 +160,8 @@ pub(crate) struct Generator<'r> {
 pub(crate) struct Seen {
     /// 2xx within the patience, each with its time since it was due.
     pub(crate) good: Vec<Duration>,
-    /// 503, each with its time since it was sent: what it waited here is none of the service's.
+    /// 503, each with its time from when it was sent until the kernel had the answer: what
+    /// either waited for this thread is none of the service's.
     refused: Vec<Duration>,
     /// Any other answer.
     other: usize,
@@ -188,7 +194,7 @@ struct Connection {
     /// When the request that is on its way was due.
     due: Option<Instant>,
     /// When it was sent, or its connection begun.
-    sent: Instant,
+    sent: SystemTime,
     connected: bool,
     received: Vec<u8>,
 }
@@ -293,27 +299,30 @@ impl Generator<'_> {
     ) -> io::Result<()> {
         if let Some(connection) = &mut connections[place] {
             connection.due = Some(due);
-            connection.sent = Instant::now();
+            connection.sent = SystemTime::now();
             return connection.stream.write_all(self.request);
         }
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
         let source = Ipv4Addr::new(127, 0, 2, 1 + (place % 200) as u8);
         socket.bind(&SocketAddr::from((source, 0)).into())?;
-        let sent = Instant::now();
-        let stream = TcpStream::connect_stream(socket.into(), &self.target)?;
+        setsockopt(&socket, ReceiveTimestampns, &true)?;
+        let sent = SystemTime::now();
+        let mut stream = TcpStream::connect_stream(socket.into(), &self.target)?;
+        // On loopback there mostly is a connection by now, and the first event may be far.
+        let connected = match stream.write(self.request) {
+            Ok(written) if written == self.request.len() => true,
+            Ok(_) => return Err(ErrorKind::WriteZero.into()),
+            Err(err) if err.kind() == ErrorKind::WouldBlock => false,
+            Err(err) => return Err(err),
+        };
         poll.register(
             &stream,
             Token(place),
             Ready::readable() | Ready::writable(),
             PollOpt::edge(),
         )?;
-        connections[place] = Some(Connection {
-            stream,
-            due: Some(due),
-            sent,
-            connected: false,
-            received: Vec::new(),
-        });
+        connections[place] =
+            Some(Connection { stream, due: Some(due), sent, connected, received: Vec::new() });
         Ok(())
     }
 }
@@ -327,13 +336,17 @@ impl Connection {
         }
         let mut piece = [0; 16 << 10];
         let mut ended = false;
+        let mut arrived = SystemTime::now();
         loop {
-            match self.stream.read(&mut piece) {
-                Ok(0) => {
+            match receive(&self.stream, &mut piece) {
+                Ok((0, _)) => {
                     ended = true;
                     break;
                 }
-                Ok(read) => self.received.extend_from_slice(&piece[..read]),
+                Ok((read, stamp)) => {
+                    self.received.extend_from_slice(&piece[..read]);
+                    arrived = stamp.unwrap_or(arrived);
+                }
                 Err(err) if err.kind() == ErrorKind::WouldBlock => break,
                 Err(err) => return Err(err),
             }
@@ -347,7 +360,8 @@ impl Connection {
                 match status {
                     200..300 if time <= PATIENCE => seen.good.push(time),
                     200..300 => seen.late += 1,
-                    503 => seen.refused.push(self.sent.elapsed()),
+                    // Zero where a connection was ended just before its next request.
+                    503 => seen.refused.push(arrived.duration_since(self.sent).unwrap_or_default()),
                     _ => seen.other += 1,
                 }
                 ended |= find(&self.received[..end], b"onnection: close").is_some();
@@ -358,4 +372,19 @@ impl Connection {
         }
         if ended { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(free) }
     }
+}
+
+/// What has come, and when the last of it did.
+fn receive(stream: &TcpStream, piece: &mut [u8]) -> io::Result<(usize, Option<SystemTime>)> {
+    let mut control = cmsg_space!(TimeSpec);
+    let mut piece = [IoSliceMut::new(piece)];
+    let message =
+        recvmsg::<()>(stream.as_raw_fd(), &mut piece, Some(&mut control), MsgFlags::empty())?;
+    let stamp = message.cmsgs()?.find_map(|one| match one {
+        ControlMessageOwned::ScmTimestampns(time) => {
+            Some(SystemTime::UNIX_EPOCH + Duration::from(time))
+        }
+        _ => None,
+    });
+    Ok((message.bytes, stamp))
 }

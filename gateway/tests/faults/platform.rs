@@ -205,8 +205,13 @@ fn malloc_settings() -> Vec<(String, String)> {
     pairs
 }
 
-/// Resident memory of a process in bytes; 0 when it has ended.
+/// Resident memory of a process in bytes; 0 when it has ended, or when it is one that has
+/// just begun and still has the driver's memory.
 pub(crate) fn resident(pid: u32) -> u64 {
+    let program = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    if program(&pid.to_string()) == program("self") {
+        return 0;
+    }
     let line = status_line(pid, "VmRSS:").unwrap_or_default();
     line.trim_end_matches(" kB").parse::<u64>().unwrap_or(0) * 1024
 }
