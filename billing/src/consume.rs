@@ -27,7 +27,7 @@ use crate::dead_letters::{Dead, Grave};
 use crate::metrics;
 use crate::order::Order;
 use crate::publish::{CALL_TIMEOUT, durable};
-use crate::store::{self, Entry, Outcome};
+use crate::store::{self, Entry, Outcome, Store};
 
 /// How often an idle consumer looks whether it is time to stop, and whether dead letters
 /// have arrived.
@@ -338,13 +338,8 @@ impl Session<'_, '_> {
     /// [`Session::bury`] has brought it to the dead letters.
     fn settle(&mut self, batch: Vec<Delivery>) -> anyhow::Result<()> {
         metrics::BATCH_SIZE.observe(batch.len() as f64);
-        let judged = self.judge(&batch);
         let attempted = batch.len() == 1 && batch[0].redelivered;
-        if attempted && judged.is_err() {
-            // Whatever was wrong, it has not killed the process.
-            self.consumer.books.try_once(|store| store.forget_attempts(&batch[0].body));
-        }
-        let Judgement { fates, batches } = judged?;
+        let Judgement { fates, batches } = self.judge(&batch)?;
         observe_lag(&batch);
         self.done.batches.extend(batches);
         for (delivery, fate) in batch.into_iter().zip(fates) {
@@ -410,7 +405,7 @@ impl Session<'_, '_> {
         let entries: Vec<Entry> = candidates.iter().map(Entry::from).collect();
         let line = self.line;
         let timer = metrics::BOOKING_SECONDS.start_timer();
-        let booked = self.consumer.books.patiently(|store, again| {
+        let once = |store: &mut Store, again: bool| {
             let mut booking = store.begin()?;
             let mut doubts = Vec::new();
             let mut bare_are_booked = false;
@@ -435,6 +430,14 @@ impl Session<'_, '_> {
             }
             booking.commit()?;
             Ok((doubts, outcomes))
+        };
+        let booked = self.consumer.books.patiently(|store, again| {
+            let booked = once(store, again);
+            if let (Err(_), Some(body)) = (&booked, alone) {
+                // Whatever was wrong, it has not killed the process.
+                let _ = store.forget_attempts(body);
+            }
+            booked
         });
         timer.observe_duration();
         let (doubts, outcomes) = match booked {

@@ -98,9 +98,12 @@ impl Store {
         Ok(())
     }
 
-    /// Counts that a message is taken in hand, before it can do any harm.
+    /// Counts that a message is taken in hand, before it can do any harm. Not while its order
+    /// could not be booked: a process that dies behind somebody's lock did not die of it.
     pub fn count_attempt(&mut self, body: &[u8]) -> Result<i32, Error> {
-        let row = self.client.query_one(
+        let mut tx = self.client.transaction()?;
+        tx.batch_execute("lock table orders, processed_messages in row exclusive mode")?;
+        let row = tx.query_one(
             "insert into attempts (digest, count)
              values (sha256($1), 1)
              on conflict (digest) do update
@@ -108,6 +111,7 @@ impl Store {
              returning count",
             &[&body],
         )?;
+        tx.commit()?;
         Ok(row.get(0))
     }
 

@@ -136,6 +136,63 @@ fn a_message_that_kills_the_process_is_given_up_and_takes_no_neighbour_with_it()
 }
 
 #[test]
+fn an_order_that_cannot_be_booked_is_not_given_up_however_often_the_process_dies() {
+    let shop = Shop::new();
+    let mut db = shop.db.superuser();
+    shop.post(&numbered(1));
+    shop.deliver_without_acknowledging(1);
+
+    let mut other = shop.db.superuser();
+    let mut lock = other.transaction().unwrap();
+    lock.batch_execute("lock table orders in access exclusive mode").unwrap();
+    let waits = "from pg_stat_activity
+                 where datname = current_database() and wait_event_type = 'Lock'";
+    for death in 0..6 {
+        let mut process = shop.start();
+        let mut waiting = |count: i64| {
+            let asked = format!("select count(*) {waits}");
+            eventually(format!("{count} that wait for the lock"), 30, || {
+                (db.query_one(&asked, &[]).unwrap().get::<_, i64>(0) == count).then_some(())
+            });
+        };
+        waiting(1);
+        // As an operator ends it, and as the kernel does.
+        if death % 2 == 0 {
+            process.terminate();
+            process.0.wait().unwrap();
+        } else {
+            process.kill();
+        }
+        let end = format!("select pg_terminate_backend(pid) {waits}");
+        shop.db.superuser().execute(&end, &[]).unwrap();
+        waiting(0);
+    }
+    lock.commit().unwrap();
+
+    // And when the server says no, as it does when its disk is full.
+    db.batch_execute(
+        "create sequence refusals;
+         create function refuse() returns trigger language plpgsql security definer as
+             'begin perform nextval(''refusals''); raise disk_full; end';
+         create trigger refuse before insert on orders for each row execute function refuse();",
+    )
+    .unwrap();
+    for death in 0..6 {
+        let mut process = shop.start();
+        eventually("a refusal in this life", 30, || {
+            let refusals = "select case when is_called then last_value else 0 end from refusals";
+            (db.query_one(refusals, &[]).unwrap().get::<_, i64>(0) > death).then_some(())
+        });
+        process.kill();
+    }
+    db.batch_execute("drop trigger refuse on orders").unwrap();
+
+    let _process = shop.start();
+    shop.await_orders(1, 30);
+    assert_eq!(shop.take_dead().len(), 0);
+}
+
+#[test]
 fn a_lock_held_by_somebody_delays_and_loses_nothing() {
     let shop = Shop::new();
     let mut db = shop.db.superuser();
