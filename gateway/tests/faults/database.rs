@@ -110,7 +110,7 @@ const SESSIONS_ENDED: Fault = Fault {
     },
 };
 
-const LOCKED: Fault = Fault {
+pub(crate) const LOCKED: Fault = Fault {
     name: "database-orders-locked",
     hold_ms: (4_000, 20_000),
     unhurt: What::Orders,
