@@ -4,7 +4,7 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,8 @@ impl Slow {
 /// Slow clients at work, until this is dropped.
 pub(crate) struct Crowd {
     ending: Arc<AtomicBool>,
+    /// How many connections could not be begun.
+    failed: Arc<AtomicUsize>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -66,18 +68,28 @@ impl Crowd {
         });
         let mut clients: Vec<SlowClient> = clients.collect();
         let kinds = kinds.len();
-        let (ended, large) = (Arc::clone(&ending), large.to_owned());
+        let failed = Arc::new(AtomicUsize::new(0));
+        let (ended, failures, large) = (Arc::clone(&ending), Arc::clone(&failed), large.to_owned());
         let thread = thread::spawn(move || {
             let mut returns = clients.len();
             while !ended.load(Ordering::SeqCst) {
                 for client in &mut clients {
-                    client.take_turn(target, &large, &mut returns);
+                    if client.take_turn(target, &large, &mut returns).is_err() {
+                        failures.fetch_add(1, Ordering::SeqCst);
+                    }
                 }
                 returns = RETURNS * kinds;
                 thread::park_timeout(TURN);
             }
         });
-        Crowd { ending, thread: Some(thread) }
+        Crowd { ending, failed, thread: Some(thread) }
+    }
+}
+
+impl Crowd {
+    /// How many connections could not even be begun, for want of descriptors or ports.
+    pub(crate) fn failed(&self) -> usize {
+        self.failed.load(Ordering::SeqCst)
     }
 }
 
@@ -89,14 +101,20 @@ impl Drop for Crowd {
 }
 
 impl SlowClient {
-    fn take_turn(&mut self, target: SocketAddr, large: &str, returns: &mut usize) {
+    /// An error when it could not begin to connect.
+    fn take_turn(
+        &mut self,
+        target: SocketAddr,
+        large: &str,
+        returns: &mut usize,
+    ) -> io::Result<()> {
         let Some(stream) = &self.stream else {
             if *returns > 0 {
                 *returns -= 1;
                 self.turn = 0;
-                self.stream = connect(target, self.number).ok();
+                self.stream = Some(connect(target, self.number)?);
             }
-            return;
+            return Ok(());
         };
         let done = self.act(stream, large);
         self.turn += 1;
@@ -105,6 +123,7 @@ impl SlowClient {
         }) {
             self.stream = None;
         }
+        Ok(())
     }
 
     fn act(&self, mut stream: &TcpStream, large: &str) -> io::Result<()> {

@@ -65,7 +65,7 @@ provision/local faults [CASE…] [--long] [--seed N] [--no-controls]
   CASE           those whose name begins so; all of them otherwise
   --long         more of everything: up to an hour
   --seed N       the same random choices as the run that printed N
-  --minutes N    how long the soak is, instead of ten
+  --minutes N    how long the soak is, instead of 30 in the long form and two
   --no-controls  without the runs that must fail";
 
 /// One thing that is done to the platform, and what must hold.
@@ -86,8 +86,8 @@ pub(crate) struct Run<'p> {
     pub(crate) platform: &'p mut Platform,
     /// Whether there is time.
     pub(crate) long: bool,
-    /// How long the soak is to be, if somebody has said so.
-    pub(crate) minutes: Option<u64>,
+    /// How long the soak is to be.
+    pub(crate) minutes: u64,
     /// Whether the protection that `Case::control` names is to be taken away.
     pub(crate) control: bool,
     /// For every random choice.
@@ -110,6 +110,8 @@ pub(crate) struct Outcome {
     pub(crate) load: String,
     /// How many faults were injected.
     pub(crate) faults: usize,
+    /// Answers to requests that leave nothing in the tables.
+    pub(crate) answered: usize,
     /// What clients were told is done.
     pub(crate) acknowledged: usize,
     /// What of it, and of what was refused, is in the tables.
@@ -133,10 +135,41 @@ impl Outcome {
         self.lost == 0 && self.double == 0 && self.wrong.is_empty()
     }
 
+    /// Holds orders that all have this user against the table: those that were acknowledged
+    /// must be there, and no more than were sent.
+    pub(crate) fn settle_equal(
+        &mut self,
+        platform: &Platform,
+        user: &str,
+        acknowledged: usize,
+        sent: usize,
+    ) {
+        platform.await_empty_queue();
+        let count = "select count(*) from orders where user_id = $1";
+        let row = platform.connect("BILLING_DB_NAME").query_one(count, &[&user]).unwrap();
+        let found = row.get::<_, i64>(0) as usize;
+        self.acknowledged += acknowledged;
+        self.found += found;
+        self.lost += acknowledged.saturating_sub(found);
+        self.double += found.saturating_sub(sent);
+    }
+
+    /// Where nobody is killed, nobody may have ended: it would have been started anew unseen.
+    pub(crate) fn nobody_has_ended(&mut self, platform: &Platform) {
+        for (name, service) in platform.services() {
+            if service.deaths() > 0 {
+                self.wrong.push(format!("{name} ended {} times by itself", service.deaths()));
+            }
+        }
+    }
+
     fn row(&self, name: &str) -> String {
+        let load = match self.answered {
+            0 => self.load.clone(),
+            answered => format!("{}, {answered} answered", self.load),
+        };
         format!(
-            "{name:<28} {:<24} {:>6} {:>12} {:>8} {:>5} {:>6} {:>8.1} s {:>7.1} MB",
-            self.load,
+            "{name:<28} {load:<40} {:>6} {:>12} {:>8} {:>5} {:>6} {:>8.1} s {:>7.1} MB",
             self.faults,
             self.acknowledged,
             self.found,
@@ -184,7 +217,7 @@ fn main() -> ExitCode {
         }
     }
     println!(
-        "\n{:<28} {:<24} {:>6} {:>12} {:>8} {:>5} {:>6} {:>10} {:>10}",
+        "\n{:<28} {:<40} {:>6} {:>12} {:>8} {:>5} {:>6} {:>10} {:>10}",
         "case", "load", "faults", "acknowledged", "found", "lost", "double", "pause", "memory"
     );
     rows.iter().for_each(|row| println!("{row}"));
@@ -248,7 +281,8 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
         let name = format!("{}{}", case.name, if control { "-control" } else { "" });
         let tag = format!("{name}-{}-{runs}", process::id());
         let begun = Instant::now();
-        let limit = if options.long { 1800 + 60 * options.minutes.unwrap_or(0) } else { 300 };
+        let minutes = options.minutes.unwrap_or(if options.long { 30 } else { 2 });
+        let limit = if options.long { 1800 + 60 * minutes } else { 300 };
         let _guard = must_end(name.clone(), Duration::from_secs(limit));
         print!("{name} … ");
         let outcome = catch_unwind(AssertUnwindSafe(|| {
@@ -256,7 +290,7 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
             (case.run)(&mut Run {
                 platform: &mut *platform,
                 long: options.long,
-                minutes: options.minutes,
+                minutes,
                 control,
                 random,
                 tag,

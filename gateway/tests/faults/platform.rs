@@ -65,6 +65,7 @@ impl Platform {
             if supervisor.program() != Program::Real || supervisor.stack().env != self.stack.env {
                 supervisor.restart(&self.stack, Program::Real);
             }
+            supervisor.shared.lock().deaths = 0;
         }
         self.wait_until_ready();
         self.await_empty_queue();
@@ -208,8 +209,8 @@ fn malloc_settings() -> Vec<(String, String)> {
 /// Resident memory of a process in bytes; 0 when it has ended, or when it is one that has
 /// just begun and still has the driver's memory.
 pub(crate) fn resident(pid: u32) -> u64 {
-    let program = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
-    if program(&pid.to_string()) == program("self") {
+    let arguments = |pid: &str| std::fs::read(format!("/proc/{pid}/cmdline")).ok();
+    if arguments(&pid.to_string()) == arguments("self") {
         return 0;
     }
     let line = status_line(pid, "VmRSS:").unwrap_or_default();
@@ -280,18 +281,26 @@ struct State {
     stack: Stack,
     program: Program,
     service: Service,
+    /// Somebody has sent it a signal that ends it.
+    killed: bool,
+    /// How often it ended and nobody had.
+    deaths: usize,
 }
 
 impl Supervisor {
     fn start(stack: &Stack, name: &'static str) -> Supervisor {
         let service = launch(stack, name, Program::Real);
-        let state = State { stack: stack.clone(), program: Program::Real, service };
+        let (stack, program) = (stack.clone(), Program::Real);
+        let state = State { stack, program, service, killed: false, deaths: 0 };
         let shared = Arc::new(Shared { ending: AtomicBool::new(false), state: Mutex::new(state) });
         let watched = Arc::clone(&shared);
         let thread = thread::spawn(move || {
             while !watched.ending.load(Ordering::SeqCst) {
                 let mut state = watched.lock();
                 if state.service.child.try_wait().unwrap().is_some() {
+                    if !std::mem::take(&mut state.killed) {
+                        state.deaths += 1;
+                    }
                     state.service = launch(&state.stack, name, state.program);
                 }
                 drop(state);
@@ -308,7 +317,14 @@ impl Supervisor {
 
     /// A signal by its name, such as `STOP`.
     pub(crate) fn signal(&self, name: &str) {
-        self.shared.lock().service.signal(name);
+        let mut state = self.shared.lock();
+        state.killed |= !["STOP", "CONT"].contains(&name);
+        state.service.signal(name);
+    }
+
+    /// How often it has ended by itself since [`Platform::restore`].
+    pub(crate) fn deaths(&self) -> usize {
+        self.shared.lock().deaths
     }
 
     /// The process of this moment.
@@ -334,7 +350,7 @@ impl Supervisor {
         let _ = state.service.child.kill();
         let _ = state.service.child.wait();
         state.service = launch(stack, self.name, program);
-        (state.stack, state.program) = (stack.clone(), program);
+        (state.stack, state.program, state.killed) = (stack.clone(), program, false);
         drop(state);
         if program != Program::Absent {
             wait_until_alive(stack, self.name);

@@ -37,6 +37,12 @@ const PROMPT: Duration = Duration::from_millis(100);
 const COMING_AND_GOING: usize = 4;
 const SLACK: usize = 16;
 
+/// How many connections the gateway keeps to inventory, and one that looks at it.
+const TO_INVENTORY: usize = 65;
+
+/// Of the 2,000 connections of slowhttptest so many must have come to be.
+const CONNECTED: usize = 1_000;
+
 /// A service under attack.
 struct Target {
     name: &'static str,
@@ -71,8 +77,10 @@ impl Target {
     /// Lets slow clients at it, with a good one beside them.
     fn crowd(&self, kinds: &[Slow], each: usize, large: &str, time: Duration) -> Seen {
         let crowd = Crowd::start(self.address, kinds, each, large);
-        let seen = good_client(self.address, &get(self.good), Instant::now() + time);
-        drop(crowd);
+        let mut seen = good_client(self.address, &get(self.good), Instant::now() + time);
+        if crowd.failed() > 0 {
+            seen.given_up.push(format!("that {} slow ones could not connect", crowd.failed()));
+        }
         seen
     }
 }
@@ -99,7 +107,7 @@ fn slow_clients(run: &mut Run<'_>) -> Outcome {
             floods.push((&[Slow::Reader], "/api/movies"));
         }
         for (kinds, large) in floods {
-            let before = outcome.acknowledged;
+            let before = outcome.answered;
             let crowd = format!("{kinds:?} at {}{large}", target.name);
             let pid = platform.pid(target.name);
             let watch = Watch::new(move || threads(pid) as u64);
@@ -112,7 +120,7 @@ fn slow_clients(run: &mut Run<'_>) -> Outcome {
             }
             outcome.faults += 1;
             if run.long {
-                let (good, sum) = (outcome.acknowledged - before, memory.peak());
+                let (good, sum) = (outcome.answered - before, memory.peak());
                 println!("  {crowd}: {good} good, {most} threads, {:.1} MB", sum as f64 / 1e6);
             }
         }
@@ -137,6 +145,7 @@ fn slow_clients(run: &mut Run<'_>) -> Outcome {
         for target in &targets {
             all_threads_are_back(platform, target);
         }
+        outcome.nobody_has_ended(platform);
     }
     drop(list);
     outcome
@@ -144,8 +153,7 @@ fn slow_clients(run: &mut Run<'_>) -> Outcome {
 
 /// Adds what a good client saw to the outcome.
 fn judge(outcome: &mut Outcome, strict: bool, crowd: &str, seen: &Seen) {
-    outcome.acknowledged += seen.times.len();
-    outcome.found += seen.times.len();
+    outcome.answered += seen.times.len();
     let (p50, p99) = (seen.percentile(50), seen.percentile(99));
     outcome.worst_pause = outcome.worst_pause.max(p99);
     println!(
@@ -165,11 +173,11 @@ fn judge(outcome: &mut Outcome, strict: bool, crowd: &str, seen: &Seen) {
 }
 
 /// Waits until the threads are those from before and one for each connection that is
-/// open: the gateway keeps some to inventory.
+/// open: the gateway keeps some to inventory ready.
 fn all_threads_are_back(platform: &Platform, target: &Target) {
     eventually(format!("the threads of {} are back", target.name), 90, || {
         let open = platform.metric(target.name, "http_connections_open") as usize;
-        let own = if target.name == "gateway" { 1 } else { target.places };
+        let own = if target.name == "gateway" { 1 } else { TO_INVENTORY };
         let now = threads(platform.pid(target.name));
         (open <= own && now <= target.threads + open + COMING_AND_GOING).then_some(())
     });
@@ -177,21 +185,42 @@ fn all_threads_are_back(platform: &Platform, target: &Target) {
 
 /// The attack of Debian's package, and what a good client sees meanwhile.
 fn slowhttptest(target: &Target, attack: &str) -> Seen {
-    let url =
-        format!("http://{}{}", target.address, if attack == "-X" { target.large } else { "/" });
+    let path = match attack {
+        "-B" => "/api/movies",
+        "-X" => target.large,
+        _ => "/",
+    };
+    let url = format!("http://{}{path}", target.address);
     let child = Command::new("slowhttptest")
         .args([attack, "-c", "2000", "-r", "1000", "-l", "15", "-i", "5", "-p", "3"])
         .args(["-w", "512", "-y", "1024", "-n", "5", "-z", "32", "-k", "3", "-u", &url])
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn();
-    let mut child = child.unwrap_or_else(|err| panic!("slowhttptest (a package of Debian): {err}"));
-    let seen =
+    let child = child.unwrap_or_else(|err| panic!("slowhttptest (a package of Debian): {err}"));
+    let mut seen =
         good_client(target.address, &get(target.good), Instant::now() + Duration::from_secs(15));
-    let _ = child.kill();
-    let _ = child.wait();
+    let said = child.wait_with_output().unwrap().stdout;
+    let most = most_connected(&String::from_utf8_lossy(&said));
+    if most < CONNECTED {
+        seen.given_up.push(format!("that slowhttptest had {most} connections"));
+    }
     seen
+}
+
+/// The most connections of slowhttptest that were there, or had been, by one of its reports.
+fn most_connected(said: &str) -> usize {
+    let (mut connected, mut most) = (0, 0);
+    for line in said.lines() {
+        let number = || line.split_whitespace().last()?.parse::<usize>().ok();
+        if line.contains("mconnected:") {
+            connected = number().unwrap_or(0);
+        } else if line.contains("mclosed:") {
+            most = most.max(connected + number().unwrap_or(0));
+        }
+    }
+    most
 }
 
 /// 20 MB of movies, as long as this lives, some with short texts and some with long ones: a page
@@ -273,8 +302,7 @@ fn descriptors_exhausted(run: &mut Run<'_>) -> Outcome {
         if seen.times.is_empty() {
             outcome.wrong.push(format!("{name}: nobody was served with {limit} descriptors"));
         }
-        outcome.acknowledged += seen.times.len();
-        outcome.found += seen.times.len();
+        outcome.answered += seen.times.len();
         outcome.faults += 1;
         let begun = Instant::now();
         while outcome.wrong.is_empty() && recovers(&target).is_err() {
@@ -287,6 +315,7 @@ fn descriptors_exhausted(run: &mut Run<'_>) -> Outcome {
         let orders = Load::start(platform, What::Orders, &run.tag, 2);
         orders.flows_again_after("descriptors were short");
         orders.settle(platform, &mut outcome);
+        outcome.nobody_has_ended(platform);
         // Back to the limit of everybody.
         for (_, service) in platform.services() {
             service.replace(Program::Real);
