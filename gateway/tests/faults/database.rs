@@ -1,5 +1,6 @@
 //! PostgreSQL is hurt while orders are booked and movies are written.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -8,7 +9,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use chassis::testing::var;
+use chassis::testing::{eventually, var};
 use postgres::Client;
 
 use crate::Case;
@@ -87,9 +88,12 @@ const SESSION_KILLED: Fault = Fault {
     logged: "",
     inject: |platform| {
         let find = "select pid from pg_stat_activity where application_name = 'billing' limit 1";
-        let pid: i32 = platform.connect("BILLING_DB_NAME").query_one(find, &[]).unwrap().get(0);
+        let mut admin = platform.connect("BILLING_DB_NAME");
+        let pid: i32 = admin.query_one(find, &[]).unwrap().get(0);
         let killed = Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap();
         assert!(killed.success());
+        // Or it was no session of PostgreSQL's.
+        eventually("PostgreSQL ends all sessions", 10, || admin.batch_execute("select 1").err());
         Box::new(|platform| drop(platform.servers("start", &[])))
     },
 };
@@ -102,10 +106,13 @@ const SESSIONS_ENDED: Fault = Fault {
     logged: "",
     inject: |platform| {
         let mut admin = platform.connect("BILLING_DB_NAME");
+        let mut hurt = HashSet::new();
         for _ in 0..20 {
-            end_sessions(&mut admin);
+            hurt.extend(end_sessions(&mut admin));
             thread::park_timeout(Duration::from_millis(100));
         }
+        // By another name they would go on unharmed, and the case would prove nothing.
+        assert_eq!(hurt, HashSet::from(["billing", "inventory"].map(str::to_owned)));
         Box::new(|_| ())
     },
 };
@@ -201,11 +208,12 @@ const DISK_FULL: Fault = Fault {
     },
 };
 
-/// The sessions of the services.
-const THEIRS: &str = "from pg_stat_activity where application_name in ('billing', 'inventory')";
-
-fn end_sessions(admin: &mut Client) {
-    admin.execute(&format!("select pg_terminate_backend(pid) {THEIRS}"), &[]).unwrap();
+/// Ends the sessions of the services, and tells whose they were.
+fn end_sessions(admin: &mut Client) -> Vec<String> {
+    let end = "select application_name, pg_terminate_backend(pid) from pg_stat_activity
+               where application_name in ('billing', 'inventory')";
+    let rows = admin.query(end, &[]).unwrap();
+    rows.iter().filter(|row| row.get(1)).map(|row| row.get(0)).collect()
 }
 
 /// A disk in memory, for PostgreSQL's user alone.
