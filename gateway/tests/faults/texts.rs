@@ -268,6 +268,7 @@ fn all_movies_deleted(run: &mut Run<'_>) -> Outcome {
     let wrong = Mutex::new(Vec::new());
     let complain = |what: String| wrong.lock().unwrap().push(what);
     let mut older = HashSet::new();
+    let newer: Vec<String> = (0..20).map(|number| format!("{}/newer-{number}", run.tag)).collect();
     thread::scope(|scope| {
         for client in 0..4 {
             let (url, ending, added, complain) = (&url, &ending, &added, &complain);
@@ -322,11 +323,21 @@ fn all_movies_deleted(run: &mut Run<'_>) -> Outcome {
             }
             outcome.faults += 1;
         }
+        // The last deletion is over: nothing may happen to these.
+        for title in &newer {
+            let movie = json!({ "title": title, "description": description_of(title) });
+            match tell(&agent, "POST", &url, None, &movie) {
+                (201, _) => (),
+                (status, told) => complain(format!("POST {status} {}", brief(&told))),
+            }
+        }
         drop(end);
     });
-    outcome.acknowledged = added.into_inner().unwrap().len();
+    outcome.acknowledged = added.into_inner().unwrap().len() + newer.len();
     let there = run.platform.movies(&run.tag);
     outcome.found = there.len();
+    outcome.lost = newer.iter().filter(|title| !there.contains_key(*title)).count();
+    outcome.double = there.values().filter(|times| **times > 1).count();
     outcome.wrong = wrong.into_inner().unwrap();
     for title in there.keys().filter(|title| older.contains(*title)) {
         outcome.wrong.push(format!("{title} is older than the deletion and still there"));
