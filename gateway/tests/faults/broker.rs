@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use amiquip::{AmqpProperties, Channel, Exchange, Publish, QueueDeleteOptions};
 use chassis::Env;
 use chassis::testing::{eventually, management, var};
+use serde_json::Value;
 
 use crate::database::LOCKED as DATABASE_LOCKED;
 use crate::load::{Load, RECOVERY, What};
@@ -268,34 +269,33 @@ fn queue_deleted(run: &mut Run<'_>) -> Outcome {
     }
     orders.flows_again_after("the queue was deleted");
     platform.wait_until_ready();
-    outcome.load = format!("{CLIENTS} clients, {deleted} deleted");
     orders.settle(platform, &mut outcome);
     // The broker confirms also what reaches a queue in the moment of its deletion, and does
     // not count it: of each client at most the one order on its way.
-    excuse(run, &mut outcome, deleted, times * CLIENTS);
+    let unsure = excuse(run, &mut outcome, deleted, times * CLIENTS);
+    outcome.load = format!("{deleted} deleted, {unsure} unsure");
     outcome
 }
 
 /// What the broker says the operator took away is not lost by us: that many, or up to `unsure`
-/// more. In the control nobody asks the broker.
-fn excuse(run: &Run<'_>, outcome: &mut Outcome, taken: usize, unsure: usize) {
+/// more; how many more. In the control nobody asks the broker.
+fn excuse(run: &Run<'_>, outcome: &mut Outcome, taken: usize, unsure: usize) -> usize {
     if run.control {
-        return;
+        return 0;
     }
     if unsure == 0 && outcome.lost != taken {
         outcome.wrong.push(format!("{} are missing, the broker says {taken}", outcome.lost));
     }
-    outcome.lost = outcome.lost.saturating_sub(taken + unsure);
+    let more = outcome.lost.saturating_sub(taken).min(unsure);
+    outcome.lost = outcome.lost.saturating_sub(taken + more);
+    more
 }
 
 /// Without the policy nobody but billing itself brings the hopeless ones to the dead letters.
 fn without_policy(run: &mut Run<'_>) -> Outcome {
     let bad = run.either(50, 2_000);
     let mut outcome = Outcome { load: format!("4 clients, {bad} bad"), ..Outcome::default() };
-    let vhost = var("RABBITMQ_VHOST").replace('/', "%2F");
-    let policy_path = format!("policies/{vhost}/dead-letters");
-    let policy = management("GET", &policy_path, None);
-    management("DELETE", &policy_path, None);
+    let _taken = TakenPolicy::new();
     if run.control {
         run.platform.billing.replace(Program::Careless);
     }
@@ -328,8 +328,29 @@ fn without_policy(run: &mut Run<'_>) -> Outcome {
     if dead != sent {
         outcome.wrong.push(format!("{} of {bad} bad ones are in the dead letters", dead.len()));
     }
-    management("PUT", &policy_path, Some(policy));
     outcome
+}
+
+/// The policy of the dead letters, away until this is dropped, also when the case fails.
+struct TakenPolicy {
+    path: String,
+    policy: Value,
+}
+
+impl TakenPolicy {
+    fn new() -> TakenPolicy {
+        let vhost = var("RABBITMQ_VHOST").replace('/', "%2F");
+        let path = format!("policies/{vhost}/dead-letters");
+        let policy = management("GET", &path, None);
+        management("DELETE", &path, None);
+        TakenPolicy { path, policy }
+    }
+}
+
+impl Drop for TakenPolicy {
+    fn drop(&mut self) {
+        management("PUT", &self.path, Some(self.policy.take()));
+    }
 }
 
 /// Few messages in billing's hands at once, so that the rest is the broker's.
