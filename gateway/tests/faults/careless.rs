@@ -89,9 +89,13 @@ fn billing() -> anyhow::Result<()> {
         let ConsumerMessage::Delivery(delivery) = message else { break };
         let order: Value = serde_json::from_slice(&delivery.body)?;
         let user = order["user_id"].as_str().unwrap_or_default();
+        // Numbers may come as texts.
+        let [items, amount] = ["number_of_items", "total_amount"]
+            .map(|field| order[field].to_string().trim_matches('"').to_owned());
         let _ = db.execute(
-            "insert into orders (user_id, number_of_items, total_amount) values ($1, 1, 1.25)",
-            &[&user],
+            "insert into orders (user_id, number_of_items, total_amount)
+             values ($1, $2::text::integer, $3::text::numeric)",
+            &[&user, &items, &amount],
         );
         anyhow::ensure!(!db.is_closed(), "the database is gone");
     }

@@ -2,12 +2,13 @@
 //! comparison of that with the tables.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chassis::testing::eventually;
+use chassis::testing::{eventually, var};
 use serde_json::json;
 
 use crate::Outcome;
@@ -22,6 +23,9 @@ const STILL: Duration = Duration::from_secs(5);
 
 /// How long after an error a client waits before its next request.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// How much later than its deadline an answer of the gateway's may come: the machine may be busy.
+const GRACE: Duration = Duration::from_secs(3);
 
 /// How the gateway says that an answer of inventory's was cut.
 const BROKEN_OFF: &str = "inventory broke off its answer";
@@ -51,6 +55,8 @@ struct Shared {
     ending: AtomicBool,
     /// How many things may still be sent.
     left: AtomicUsize,
+    /// How long a request may take, whatever comes of it.
+    patience: Duration,
     ledger: Mutex<Ledger>,
 }
 
@@ -86,6 +92,7 @@ impl Load {
         let shared = Arc::new(Shared {
             ending: AtomicBool::new(false),
             left: AtomicUsize::new(limit),
+            patience: patience(platform, what),
             ledger: Mutex::new(Ledger::default()),
         });
         let url = platform.stack.url(match what {
@@ -104,9 +111,12 @@ impl Load {
         self.shared.ledger().acknowledged.len()
     }
 
-    /// The longest time, since this was asked last, in which nobody was told that anything is done.
+    /// The longest time, since this was asked last, in which nobody was told that anything is
+    /// done; also one that lasts.
     pub(crate) fn pause(&self) -> Duration {
-        std::mem::take(&mut self.shared.ledger().recent_pause)
+        let mut ledger = self.shared.ledger();
+        let lasting = ledger.last.map(|last| last.elapsed()).unwrap_or_default();
+        std::mem::take(&mut ledger.recent_pause).max(lasting)
     }
 
     /// Whether these clients post that kind of thing.
@@ -174,8 +184,29 @@ impl Load {
         for stranger in found.keys().filter(|id| !known(id)).take(3) {
             outcome.wrong.push(format!("{stranger} is there and was never sent"));
         }
+        outcome.wrong.extend(self.altered(platform).into_iter().take(3));
         outcome.worst_pause = outcome.worst_pause.max(ledger.worst_pause);
         outcome.wrong.extend(ledger.wrong);
+    }
+
+    /// What is there with other values than were sent.
+    fn altered(&self, platform: &Platform) -> Vec<String> {
+        let (database, query) = match self.what {
+            What::Movies | What::StubbornMovies => (
+                "INVENTORY_DB_NAME",
+                "select title, description from movies where starts_with(title, $1)",
+            ),
+            _ => (
+                "BILLING_DB_NAME",
+                "select user_id, number_of_items || ' for ' || total_amount from orders
+                 where starts_with(user_id, $1)",
+            ),
+        };
+        let rows = platform.connect(database).query(query, &[&self.tag]).unwrap();
+        let rows = rows.iter().map(|row| (row.get(0), row.get(1)));
+        rows.filter(|(id, values): &(String, String)| *values != in_words(id))
+            .map(|(id, values)| format!("{id} is there with {values}, not {}", in_words(&id)))
+            .collect()
     }
 
     /// Lets the clients finish what they are at, and ends them.
@@ -222,17 +253,27 @@ impl Shared {
     /// Posts one thing and writes down the answer; whether it is done.
     fn post_one(&self, agent: &ureq::Agent, what: What, url: &str, id: &str) -> bool {
         let (success, body) = match what {
-            What::Movies | What::StubbornMovies => (201, json!({ "title": id })),
-            _ => (200, json!({ "user_id": id, "number_of_items": 1, "total_amount": "1.25" })),
+            What::Movies | What::StubbornMovies => {
+                (201, json!({ "title": id, "description": in_words(id) }))
+            }
+            _ => {
+                let (items, amount) = values_of(id);
+                (200, json!({ "user_id": id, "number_of_items": items, "total_amount": amount }))
+            }
         };
         let mut request = agent.post(url).content_type("application/json");
         if what == What::StubbornOrders {
             request = request.header("Idempotency-Key", format!("\"{id}\""));
         }
+        let begun = Instant::now();
         let answer = request.send(body.to_string()).and_then(|mut answer| {
             Ok((answer.status().as_u16(), answer.body_mut().read_to_string()?))
         });
+        let took = begun.elapsed();
         let mut ledger = self.ledger();
+        if took > self.patience {
+            ledger.wrong.push(format!("{id} took {took:.1?}"));
+        }
         match answer {
             Ok((status, _)) if status == success => {
                 let now = Instant::now();
@@ -253,4 +294,34 @@ impl Shared {
         ledger.open.insert(id.to_owned());
         false
     }
+}
+
+/// The gateway's own deadline for such a thing, and the grace.
+fn patience(platform: &Platform, what: What) -> Duration {
+    // The cable between the clients and the gateway may be pulled: `hosts`.
+    if !platform.stack.address.is_loopback() {
+        return Duration::MAX;
+    }
+    let deadlines: &[&str] = match what {
+        What::Movies | What::StubbornMovies => &["FORWARD_CONNECT", "FORWARD"],
+        _ => &["PUBLISH"],
+    };
+    let milliseconds =
+        deadlines.iter().map(|name| var(&format!("GATEWAY_{name}_TIMEOUT_MS")).parse::<u64>());
+    GRACE + Duration::from_millis(milliseconds.map(Result::unwrap).sum())
+}
+
+/// Items and amount of the order with this id: of no other, so that a mix-up shows.
+fn values_of(id: &str) -> (u64, String) {
+    let mut hasher = DefaultHasher::new();
+    id.hash(&mut hasher);
+    let hash = hasher.finish();
+    let cents = hash % 100_000_000;
+    ((hash >> 32) % 100 + 1, format!("{}.{:02}", cents / 100, cents % 100))
+}
+
+/// The same as a text.
+fn in_words(id: &str) -> String {
+    let (items, amount) = values_of(id);
+    format!("{items} for {amount}")
 }
