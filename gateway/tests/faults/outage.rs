@@ -27,6 +27,14 @@ pub(crate) struct Fault {
     pub(crate) inject: fn(&Platform) -> Heal,
 }
 
+/// The longest pause of those whom a fault must not hurt, in the short form, whose programs are
+/// slow and whose machine may be busy, and in the long one.
+const UNHURT: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(1));
+
+/// How much longer that is if the gateway was killed, too: without a broker it waits 2 s for one
+/// before it serves anybody.
+const GATEWAY_STARTS: Duration = Duration::from_secs(3);
+
 /// Undoes a fault.
 pub(crate) type Heal = Box<dyn FnOnce(&Platform)>;
 
@@ -52,7 +60,8 @@ pub(crate) fn outage(run: &mut Run<'_>, fault: &Fault) -> Outcome {
     let memory = platform.watch_memory();
     orders.flows_again_after("the start");
     for _ in 0..if run.control { 1 } else { run.either(1, 2) } {
-        suffer(run, fault, &[&orders, &movies]);
+        let gateway = platform.gateway.pid();
+        suffer(run, fault, &[&orders, &movies], gateway, &mut outcome);
         outcome.faults += 1;
     }
     if run.control {
@@ -77,12 +86,23 @@ pub(crate) fn set_up(run: &Run<'_>, billing: Program) {
     }
 }
 
-/// The fault from its begin to the moment when all is well again.
-pub(crate) fn suffer(run: &Run<'_>, fault: &Fault, loads: &[&Load]) {
+/// The fault from its begin to the moment when all is well again; into `outcome`, how long
+/// those paused whom it must not hurt. `gateway` is its process of before.
+pub(crate) fn suffer(
+    run: &Run<'_>,
+    fault: &Fault,
+    loads: &[&Load],
+    gateway: u32,
+    outcome: &mut Outcome,
+) {
     let platform = &*run.platform;
+    let unhurt: Vec<&&Load> = loads.iter().filter(|load| load.is(fault.unhurt)).collect();
+    for load in &unhurt {
+        load.pause();
+    }
     let injected = Injected { platform, heal: Some((fault.inject)(platform)) };
     let over = Instant::now() + Duration::from_millis(run.either(fault.hold_ms.0, fault.hold_ms.1));
-    for load in loads.iter().filter(|load| load.is(fault.unhurt)) {
+    for load in &unhurt {
         load.flows_again_after(&format!("{} has begun", fault.name));
     }
     // The careless ones say what they like.
@@ -101,6 +121,13 @@ pub(crate) fn suffer(run: &Run<'_>, fault: &Fault, loads: &[&Load]) {
         }
     }
     wait_until(over);
+    let pause = unhurt.iter().map(|load| load.pause()).max().unwrap_or_default();
+    println!("  {}: the others paused {:.2} s", fault.name, pause.as_secs_f64());
+    let killed = platform.gateway.pid() != gateway;
+    let more = if killed { GATEWAY_STARTS } else { Duration::ZERO };
+    if pause > run.either(UNHURT.0, UNHURT.1) + more && !run.control {
+        outcome.wrong.push(format!("{} hurts the others: they paused {pause:.1?}", fault.name));
+    }
     drop(injected);
     for load in loads {
         load.flows_again_after(fault.name);

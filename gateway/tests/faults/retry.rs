@@ -58,8 +58,9 @@ fn repeated_through_all(run: &mut Run<'_>) -> Outcome {
         for load in [&stubborn, &orders] {
             load.flows_again_after("the start");
         }
+        let gateway = platform.gateway.pid();
         kill_gateway(run.platform, &mut random);
-        suffer(run, fault, &[&stubborn, &orders, &movies]);
+        suffer(run, fault, &[&stubborn, &orders, &movies], gateway, &mut outcome);
         kill_gateway(run.platform, &mut random);
         outcome.faults += 3;
     }
