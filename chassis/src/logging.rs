@@ -203,7 +203,7 @@ impl Queue {
     }
 
     fn run(&self, mut out: File) {
-        let mut torn = false;
+        let mut torn = Vec::new();
         let mut told = 0;
         let mut lines = Vec::new();
         loop {
@@ -225,11 +225,9 @@ impl Queue {
 
             let mut written = false;
             for range in pieces(&lines) {
-                let piece = &lines[range];
-                match write_whole(&mut out, piece, &mut torn) {
-                    Ok(()) => written = true,
-                    Err(_) => DROPPED.inc_by(count_lines(piece)),
-                }
+                let lost = write_whole(&mut out, &lines[range], &mut torn);
+                DROPPED.inc_by(lost);
+                written |= lost == 0;
             }
             lines.clear();
             let dropped = DROPPED.get();
@@ -254,29 +252,37 @@ fn pieces(lines: &[u8]) -> impl Iterator<Item = Range<usize>> {
     })
 }
 
-/// A disk may take the first half of a piece only: then the next one begins a new line.
-fn write_whole(out: &mut File, piece: &[u8], torn: &mut bool) -> io::Result<()> {
-    let mut rest = piece;
-    if *torn {
-        out.write_all(b"\n")?;
-        *torn = false;
+/// Writes a piece; how many of its lines were lost. A full disk may take the first half of a
+/// line only: the second, `torn`, waits for room and comes before anything else.
+fn write_whole(out: &mut impl Write, piece: &[u8], torn: &mut Vec<u8>) -> u64 {
+    let written = write_some(out, torn);
+    torn.drain(..written);
+    if !torn.is_empty() {
+        return count_lines(piece);
     }
-    while !rest.is_empty() {
-        match out.write(rest) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(count) => {
-                rest = &rest[count..];
-                *torn = !rest.is_empty();
-            }
+    let rest = &piece[write_some(out, piece)..];
+    let begun = piece.len() > rest.len() && piece[piece.len() - rest.len() - 1] != b'\n';
+    let end = rest.iter().position(|byte| *byte == b'\n').filter(|_| begun).map_or(0, |at| at + 1);
+    torn.extend_from_slice(&rest[..end]);
+    count_lines(&rest[end..])
+}
+
+/// How many bytes were written before an error.
+fn write_some(out: &mut impl Write, bytes: &[u8]) -> usize {
+    let mut written = 0;
+    while written < bytes.len() {
+        match out.write(&bytes[written..]) {
+            Ok(0) => break,
+            Ok(count) => written += count,
             Err(err) if err.kind() == ErrorKind::Interrupted => (),
             // Somebody who shares the terminal or the pipe made it non-blocking.
             Err(err) if err.kind() == ErrorKind::WouldBlock => {
                 thread::sleep(Duration::from_millis(10));
             }
-            Err(err) => return Err(err),
+            Err(_) => break,
         }
     }
-    Ok(())
+    written
 }
 
 fn count_lines(piece: &[u8]) -> u64 {

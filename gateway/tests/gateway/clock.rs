@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use chassis::testing::{TestDb, TestVhost, eventually, var};
 
@@ -90,6 +91,49 @@ fn a_connection_and_its_deadlines_survive_a_clock_that_jumps() {
             assert!(id > last, "{offset}: {id} after {last}");
             last = id;
         }
+    }
+}
+
+/// That of a body, and of inventory's answer, in the test that waits for both.
+const DEADLINE: Duration = Duration::from_secs(3);
+
+#[test]
+fn a_deadline_that_runs_is_kept_when_the_clock_jumps() {
+    let mut stack = Stack::new();
+    let clock = Clock::give_to(&mut stack);
+    stack
+        .set("HTTP_BODY_TIMEOUT_MS", DEADLINE.as_millis())
+        .set("GATEWAY_FORWARD_TIMEOUT_MS", DEADLINE.as_millis());
+    // It lets connections in and says nothing.
+    let _inventory = TcpListener::bind((stack.address, 8080)).unwrap();
+    let _gateway = stack.start_and_wait("gateway");
+    let connect = || TcpStream::connect((stack.address, 3000)).unwrap();
+    let mut other = BufReader::new(connect());
+    let begun = Instant::now();
+    let ask_for = |request: &str| {
+        let mut stream = connect();
+        stream.write_all(request.as_bytes()).unwrap();
+        let answer = BufReader::new(stream.try_clone().unwrap());
+        let answer = thread::spawn(move || {
+            let status = answer.lines().next().unwrap().unwrap();
+            (status, begun.elapsed())
+        });
+        (stream, answer)
+    };
+    let (mut body, stalled) =
+        ask_for("POST /api/billing HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{");
+    let (_waiting, unanswered) = ask_for("GET /api/movies/1 HTTP/1.1\r\nHost: x\r\n\r\n");
+    for (offset, days) in [("+40d", 40.0), ("-40d", -40.0), ("+0", 0.0)] {
+        clock.set(offset);
+        assert!((ask(&mut other).0 - days).abs() < 0.1);
+        // Whoever reads this looks at the clock again.
+        body.write_all(b" ").unwrap();
+    }
+    for (answer, wanted) in [(stalled, "408"), (unanswered, "504")] {
+        let (status, time) = answer.join().unwrap();
+        assert!(status.contains(wanted), "{status} instead of {wanted} after {time:?}");
+        let right = DEADLINE.mul_f64(0.9)..DEADLINE + Duration::from_secs(5);
+        assert!(right.contains(&time), "{wanted} after {time:?}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, pipe};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 
 use chassis::testing::eventually;
@@ -20,8 +20,12 @@ struct Logging {
 
 impl Logging {
     fn start(stack: &Stack, service: &str, log: impl Into<Stdio>) -> Logging {
+        Logging::launch(stack, service, stack.command(service).stderr(log))
+    }
+
+    fn launch(stack: &Stack, service: &str, command: &mut Command) -> Logging {
         let metrics = &stack.env[&format!("{}_METRICS_LISTEN", service.to_uppercase())];
-        let child = stack.command(service).stderr(log).spawn().unwrap();
+        let child = command.spawn().unwrap();
         let url = stack.service_url(service);
         let mut started = Logging { child, url, metrics: format!("http://{metrics}/metrics") };
         let url = format!("{}/health", started.url);
@@ -47,7 +51,7 @@ impl Logging {
     }
 
     fn stop(&mut self) -> ExitStatus {
-        let status = std::process::Command::new("kill").arg(self.child.id().to_string()).status();
+        let status = Command::new("kill").arg(self.child.id().to_string()).status();
         assert!(status.unwrap().success());
         eventually("it stops", 20, || self.child.try_wait().unwrap())
     }
@@ -76,6 +80,39 @@ fn a_full_disk_or_a_closed_pipe_under_the_log_stops_no_service() {
             assert!(running.stop().success(), "{service}, {gone}");
         }
     }
+}
+
+#[test]
+fn a_disk_that_is_full_in_the_middle_of_a_line_and_then_has_room_tears_no_line() {
+    let stack = Stack::new();
+    let path = std::env::temp_dir().join(format!("matinee-{}-full.log", stack.address));
+    // A limit on the file's size takes the begin of a line, as a full disk does.
+    let gateway = stack.command("gateway");
+    let mut command = Command::new("env");
+    command.envs(&stack.env).args(["--ignore-signal=XFSZ", "prlimit", "--fsize=20000:unlimited"]);
+    command.arg(gateway.get_program()).stdout(Stdio::null()).stderr(File::create(&path).unwrap());
+    let mut running = Logging::launch(&stack, "gateway", &mut command);
+    let size = || fs::metadata(&path).unwrap().len();
+    let mut asked = 0;
+    eventually("the disk is full", 30, || {
+        running.ask(20, "/before");
+        asked += 20;
+        (running.dropped() > 0).then_some(())
+    });
+    assert_eq!(size(), 20_000);
+    let more = ["--fsize=unlimited", "--pid", &running.child.id().to_string()];
+    assert!(Command::new("prlimit").args(more).status().unwrap().success());
+    running.ask(20, "/after");
+    let dropped = running.dropped();
+    assert!(running.stop().success());
+
+    let text = fs::read_to_string(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    assert!(text.ends_with('\n'));
+    text.lines().for_each(assert_whole);
+    let lines = |path: &str| text.lines().filter(|line| line.contains(path)).count();
+    assert_eq!(lines("GET /after"), 20);
+    assert_eq!(lines("GET /before") as u64 + dropped, asked);
 }
 
 #[test]
