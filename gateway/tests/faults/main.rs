@@ -168,15 +168,19 @@ impl Outcome {
             0 => self.load.clone(),
             answered => format!("{}, {answered} answered", self.load),
         };
+        let measured = |value: f64, unit| match value {
+            0.0 => "-".to_owned(),
+            value => format!("{value:.1} {unit}"),
+        };
         format!(
-            "{name:<28} {load:<40} {:>6} {:>12} {:>8} {:>5} {:>6} {:>8.1} s {:>7.1} MB",
+            "{name:<28} {load:<40} {:>6} {:>12} {:>8} {:>5} {:>6} {:>10} {:>10}",
             self.faults,
             self.acknowledged,
             self.found,
             self.lost,
             self.double,
-            self.worst_pause.as_secs_f64(),
-            self.peak_memory as f64 / 1e6,
+            measured(self.worst_pause.as_secs_f64(), "s"),
+            measured(self.peak_memory as f64 / 1e6, "MB"),
         )
     }
 }

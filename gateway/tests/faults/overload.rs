@@ -162,6 +162,8 @@ fn normal_again(generator: &mut Generator<'_>, saturation: f64, name: &str, outc
 pub(crate) struct Generator<'r> {
     target: SocketAddr,
     request: &'r [u8],
+    /// Most connections of an open loop.
+    pub(crate) connections: usize,
     /// In all measurements: how many were good, and how many were sent.
     pub(crate) good: usize,
     pub(crate) sent: usize,
@@ -223,7 +225,7 @@ struct Connection {
 
 impl<'r> Generator<'r> {
     pub(crate) fn new(target: SocketAddr, request: &'r [u8]) -> Generator<'r> {
-        Generator { target, request, good: 0, sent: 0 }
+        Generator { target, request, connections: OPEN, good: 0, sent: 0 }
     }
 
     /// Requests a second that are answered when each client sends the next as soon as it
@@ -245,7 +247,7 @@ impl<'r> Generator<'r> {
 
     /// Requests that are due at this rate (a second), whatever becomes of them.
     pub(crate) fn open_loop(&mut self, rate: f64, time: Duration) -> Seen {
-        self.generate(Some(rate), time, OPEN)
+        self.generate(Some(rate), time, self.connections)
     }
 
     fn generate(&mut self, rate: Option<f64>, time: Duration, most: usize) -> Seen {

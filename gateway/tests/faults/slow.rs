@@ -44,7 +44,7 @@ const TO_INVENTORY: usize = 65;
 const CONNECTED: usize = 1_000;
 
 /// A service under attack.
-struct Target {
+pub(crate) struct Target {
     name: &'static str,
     address: SocketAddr,
     /// An answer that is worth taking slowly.
@@ -58,7 +58,7 @@ struct Target {
 }
 
 impl Target {
-    fn new(platform: &Platform, name: &'static str) -> Target {
+    pub(crate) fn new(platform: &Platform, name: &'static str) -> Target {
         let stack = &platform.stack;
         let address = |port| SocketAddr::from((stack.address, port));
         let places = |variable| var(variable).parse().unwrap();
@@ -174,10 +174,10 @@ fn judge(outcome: &mut Outcome, strict: bool, crowd: &str, seen: &Seen) {
 
 /// Waits until the threads are those from before and one for each connection that is
 /// open: the gateway keeps some to inventory ready.
-fn all_threads_are_back(platform: &Platform, target: &Target) {
+pub(crate) fn all_threads_are_back(platform: &Platform, target: &Target) {
     eventually(format!("the threads of {} are back", target.name), 90, || {
         let open = platform.metric(target.name, "http_connections_open") as usize;
-        let own = if target.name == "gateway" { 1 } else { TO_INVENTORY };
+        let own = if target.name == "inventory" { TO_INVENTORY } else { 1 };
         let now = threads(platform.pid(target.name));
         (open <= own && now <= target.threads + open + COMING_AND_GOING).then_some(())
     });

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::clients::order;
 use crate::overload::Generator;
-use crate::platform::{Program, descriptors, resident, threads};
+use crate::platform::{Program, descriptors, resident};
+use crate::slow::{Target, all_threads_are_back};
 use crate::{Case, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[Case {
@@ -24,8 +25,14 @@ const SAMPLES: usize = 50;
 
 /// What is watched of a service: its name, and by how much the mean of the last fifth may
 /// be above that of the second: by a part, and by so many.
-const WATCHED: [(&str, f64, f64); 3] =
-    [("descriptors", 0.05, 4.0), ("threads", 0.05, 4.0), ("KiB", 0.05, 1024.0)];
+///
+/// Threads are as many as the clients had connections in their worst moment, so these must
+/// be as before when the clients have gone.
+const WATCHED: [(&str, f64, f64); 2] = [("descriptors", 0.05, 4.0), ("KiB", 0.05, 1024.0)];
+
+/// Connections of each load: with more the house would be full in a bad moment, and that is
+/// what `overload` is about.
+const CONNECTIONS: usize = 96;
 
 fn soak(run: &mut Run<'_>) -> Outcome {
     // The careless service shows soon what it is.
@@ -44,7 +51,17 @@ fn soak(run: &mut Run<'_>) -> Outcome {
         }
         false => vec![Generator::new(target(3000), read), Generator::new(target(3000), &order)],
     };
+    for load in &mut loads {
+        load.connections = CONNECTIONS;
+    }
+    // Anew, so that no thread of an earlier case is counted.
+    if !run.control {
+        run.platform.inventory.replace(Program::Real);
+        run.platform.gateway.replace(Program::Real);
+        run.platform.wait_until_ready();
+    }
     let platform = &*run.platform;
+    let targets = ["gateway", "inventory"].map(|name| Target::new(platform, name));
     let memory = platform.watch_memory();
     let warm = Duration::from_secs(3);
     let part = PART / loads.len() as f64;
@@ -69,7 +86,7 @@ fn soak(run: &mut Run<'_>) -> Outcome {
             if run.control { &["inventory"][..] } else { &["gateway", "inventory", "billing"] };
         let looked = services.iter().flat_map(|service| {
             let pid = platform.pid(service);
-            [descriptors(pid) as f64, threads(pid) as f64, resident(pid) as f64 / 1024.0]
+            [descriptors(pid) as f64, resident(pid) as f64 / 1024.0]
         });
         samples.push(looked.collect());
     }
@@ -93,6 +110,9 @@ fn soak(run: &mut Run<'_>) -> Outcome {
     if !run.control {
         if good * 100 < due * 99 {
             outcome.wrong.push(format!("{good} of {due} were served"));
+        }
+        for target in &targets {
+            all_threads_are_back(platform, target);
         }
         let [reads, orders] = &loads[..] else { unreachable!("both loads") };
         outcome.answered = reads.good;

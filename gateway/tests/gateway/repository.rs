@@ -63,6 +63,58 @@ fn no_credential_stands_outside_env() {
             let shown: String = url.chars().take(40).collect();
             panic!("{file} has a URL with a password: {shown}");
         }
+        // This file has examples of them.
+        if let Some(shown) = literal_credential(&text)
+            && !file.ends_with("repository.rs")
+        {
+            panic!("{file} has a credential: {shown}");
+        }
+    }
+}
+
+/// A private key, or a text that is given to something whose name ends like a credential's.
+fn literal_credential(text: &str) -> Option<String> {
+    const NAMES: [&str; 6] = ["password", "passwd", "secret", "token", "api_key", "access_key"];
+    if let Some((_, key)) = text.split_once("PRIVATE KEY-----") {
+        return Some(format!("a private key {}", key.lines().take(2).collect::<String>()));
+    }
+    let lower = text.to_ascii_lowercase();
+    let places = NAMES.iter().flat_map(|name| {
+        let length = name.len();
+        lower.match_indices(*name).map(move |(at, _)| at + length)
+    });
+    places.filter_map(|at| literal_after(&text[at..])).next().map(str::to_owned)
+}
+
+/// The text of `"…: 'text'` or `="text"`; none if it is taken from elsewhere or another name.
+fn literal_after(rest: &str) -> Option<&str> {
+    let rest = rest.trim_start_matches(['"', '\'']).trim_start_matches(' ');
+    let rest = rest.strip_prefix([':', '=']).filter(|rest| !rest.starts_with('='))?;
+    let rest = rest.trim_start_matches(' ');
+    let quote = rest.chars().next().filter(|first| ['"', '\''].contains(first))?;
+    let literal = rest[1..].split([quote, '\n']).next()?;
+    let elsewhere = literal.contains(['$', '%', '{', '<']) || literal.contains("password");
+    (literal.len() > 5 && !elsewhere).then_some(literal)
+}
+
+#[test]
+fn a_credential_is_told_from_other_texts() {
+    for found in [
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE",
+        "let password = \"hunter2-9\";",
+        "\"RABBITMQ_PASSWORD\": \"hunter2-9\"",
+        "api_key='0123456789'",
+    ] {
+        assert!(literal_credential(found).is_some(), "{found}");
+    }
+    for harmless in [
+        "password = \"$DB_PASSWORD\"",
+        "role password :'owner_password'",
+        "password_encryption = 'scram-sha-256'",
+        "tokens.any(|token| token == \"keep-alive\")",
+        "the password: \"x\"",
+    ] {
+        assert_eq!(literal_credential(harmless), None, "{harmless}");
     }
 }
 
