@@ -84,9 +84,7 @@ impl Crowd {
         });
         Crowd { ending, failed, thread: Some(thread) }
     }
-}
 
-impl Crowd {
     /// How many connections could not even be begun, for want of descriptors or ports.
     pub(crate) fn failed(&self) -> usize {
         self.failed.load(Ordering::SeqCst)

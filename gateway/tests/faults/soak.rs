@@ -67,6 +67,8 @@ fn soak(run: &mut Run<'_>) -> Outcome {
     let part = PART / loads.len() as f64;
     let rates: Vec<f64> = loads.iter_mut().map(|load| part * load.sustained(warm)).collect();
     let (mut due, mut good) = (0, 0);
+    let services =
+        if run.control { &["inventory"][..] } else { &["gateway", "inventory", "billing"] };
     let mut samples: Vec<Vec<f64>> = Vec::new();
     let begun = Instant::now();
     for _ in 0..SAMPLES {
@@ -82,8 +84,6 @@ fn soak(run: &mut Run<'_>) -> Outcome {
                 good += seen.good.len();
             }
         });
-        let services =
-            if run.control { &["inventory"][..] } else { &["gateway", "inventory", "billing"] };
         let looked = services.iter().flat_map(|service| {
             let pid = platform.pid(service);
             [descriptors(pid) as f64, resident(pid) as f64 / 1024.0]
@@ -95,9 +95,8 @@ fn soak(run: &mut Run<'_>) -> Outcome {
         samples.len(),
         begun.elapsed()
     );
-    let names = if run.control { &["inventory"][..] } else { &["gateway", "inventory", "billing"] };
     for (column, (service, (what, part, number))) in
-        names.iter().flat_map(|service| WATCHED.map(|watched| (service, watched))).enumerate()
+        services.iter().flat_map(|service| WATCHED.map(|watched| (service, watched))).enumerate()
     {
         let series: Vec<f64> = samples.iter().map(|sample| sample[column]).collect();
         let (before, after) = second_and_last_fifth(&series);

@@ -79,11 +79,11 @@ fn literal_credential(text: &str) -> Option<String> {
         return Some(format!("a private key {}", key.lines().take(2).collect::<String>()));
     }
     let lower = text.to_ascii_lowercase();
-    let places = NAMES.iter().flat_map(|name| {
+    let mut places = NAMES.iter().flat_map(|name| {
         let length = name.len();
         lower.match_indices(*name).map(move |(at, _)| at + length)
     });
-    places.filter_map(|at| literal_after(&text[at..])).next().map(str::to_owned)
+    places.find_map(|at| literal_after(&text[at..])).map(str::to_owned)
 }
 
 /// The text of `"…: 'text'` or `="text"`; none if it is taken from elsewhere or another name.
