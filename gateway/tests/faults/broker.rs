@@ -12,7 +12,7 @@ use crate::database::LOCKED as DATABASE_LOCKED;
 use crate::load::{Load, RECOVERY, What};
 use crate::outage::{Fault, case, outage};
 use crate::platform::{Platform, Program, wait_until};
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
     case(&KILLED, |run| outage(run, &KILLED)),
@@ -25,24 +25,28 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "broker-queue-purged",
         control: "the broker's count of what was purged",
+        finds: Finds::Loss,
         short: true,
         run: queue_purged,
     },
     Case {
         name: "broker-queue-deleted",
         control: "the broker's count of what was deleted",
+        finds: Finds::Loss,
         short: true,
         run: queue_deleted,
     },
     Case {
         name: "broker-without-policy",
         control: "billing's own way to the dead letters: a consumer that rejects",
+        finds: Finds::Fault("bad ones are in the dead letters"),
         short: true,
         run: without_policy,
     },
     Case {
         name: "billing-crash-loops",
         control: "the acknowledgement after the commit: a consumer that has acknowledged before",
+        finds: Finds::Loss,
         short: true,
         run: crash_loop,
     },

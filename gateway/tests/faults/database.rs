@@ -29,7 +29,6 @@ pub(crate) const CASES: &[Case] = &[
     case(&DISK_FULL, |run| outage(run, &DISK_FULL)),
 ];
 
-/// Those that need no more rights than the tests have.
 pub(crate) const FAULTS: &[&Fault] = &[
     &KILLED,
     &RESTARTED,
@@ -39,6 +38,7 @@ pub(crate) const FAULTS: &[&Fault] = &[
     &LOCKED,
     &EXHAUSTED,
     &READ_ONLY,
+    &DISK_FULL,
 ];
 
 const BILLING: &[&str] = &["billing"];

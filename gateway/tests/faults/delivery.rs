@@ -5,18 +5,20 @@ use std::time::Duration;
 
 use crate::load::{Load, What};
 use crate::platform::Program;
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "all-killed-in-turn",
         control: "the confirm: a gateway that answers 200 as soon as it has sent",
+        finds: Finds::Loss,
         short: true,
         run: all_killed_in_turn,
     },
     Case {
         name: "billing-killed",
         control: "the acknowledgement after the commit: a consumer that has acknowledged before",
+        finds: Finds::Loss,
         short: true,
         run: billing_killed,
     },

@@ -13,11 +13,12 @@ use crate::load::{Load, What};
 use crate::network::{LINKS, Link, Traffic};
 use crate::platform::{Platform, Program, wait_until};
 use crate::proxy::{Mode, Proxy};
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "hosts-cut-off",
     control: "the confirm: a gateway that answers 200 as soon as it has sent",
+    finds: Finds::Loss,
     short: false,
     run: cut_off,
 }];

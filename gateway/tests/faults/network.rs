@@ -9,42 +9,48 @@ use chassis::testing::{eventually, var};
 use crate::load::{Load, RECOVERY, What};
 use crate::platform::{Platform, Program, wait_until};
 use crate::proxy::{Direction, Mode, Proxy};
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "network-all-links",
         control: "the confirm: a gateway that answers 200 as soon as it has sent",
+        finds: Finds::Loss,
         short: true,
         run: all_links,
     },
     Case {
         name: "network-gateway-inventory",
         control: "that a POST is never repeated: a client that does",
+        finds: Finds::Loss,
         short: false,
         run: |run| one_link(run, &LINKS[0]),
     },
     Case {
         name: "network-gateway-broker",
         control: "the confirm: a gateway that answers 200 as soon as it has sent",
+        finds: Finds::Loss,
         short: false,
         run: |run| one_link(run, &LINKS[1]),
     },
     Case {
         name: "network-billing-broker",
         control: "the acknowledgement after the commit: a consumer that has acknowledged before",
+        finds: Finds::Loss,
         short: false,
         run: |run| one_link(run, &LINKS[2]),
     },
     Case {
         name: "network-billing-database",
         control: "the acknowledgement after the commit: a consumer that has acknowledged before",
+        finds: Finds::Loss,
         short: false,
         run: |run| one_link(run, &LINKS[3]),
     },
     Case {
         name: "network-inventory-database",
         control: "that a POST is never repeated: a client that does",
+        finds: Finds::Loss,
         short: false,
         run: |run| one_link(run, &LINKS[4]),
     },

@@ -10,12 +10,13 @@ use crate::harness::binaries;
 use crate::load::{Load, What};
 use crate::outage::die_with_orders_in_hand;
 use crate::platform::{Platform, Program, wait_until};
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "pm2-reload",
         control: "the second instance of the gateway",
+        finds: Finds::Fault("failed in a reload"),
         // PM2 takes its time for two instances.
         short: false,
         run: reload,
@@ -23,6 +24,7 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "pm2-operations",
         control: "the acknowledgement after the commit: a consumer that has acknowledged before",
+        finds: Finds::Loss,
         short: false,
         run: operations,
     },

@@ -9,7 +9,7 @@ use chassis::testing::eventually;
 use crate::harness::agent;
 use crate::load::{Load, RECOVERY, What};
 use crate::platform::{Platform, Program, wait_until};
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 /// One thing that is done to a server.
 pub(crate) struct Fault {
@@ -43,6 +43,7 @@ pub(crate) const fn case(fault: &Fault, run: fn(&mut Run<'_>) -> Outcome) -> Cas
     Case {
         name: fault.name,
         control: "the acknowledgement after the commit: a consumer that has acknowledged before",
+        finds: Finds::Loss,
         // Too slow for the short form, which kills servers in `delivery`.
         short: false,
         run,

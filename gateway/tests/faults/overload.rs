@@ -22,11 +22,12 @@ use socket2::{Domain, Socket, Type};
 use crate::clients::{find, order, percentile, read_head};
 use crate::harness::agent;
 use crate::platform::Program;
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "overload",
     control: "the limit on connections: a service that lets everybody queue",
+    finds: Finds::Fault("goodput"),
     short: true,
     run: overload,
 }];

@@ -12,18 +12,20 @@ use crossbeam_channel::Receiver;
 
 use crate::harness::binaries;
 use crate::platform::{Platform, Program, resident};
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "poison",
         control: "the dead letters: a consumer that drops what it cannot book",
+        finds: Finds::Fault("are no dead letters"),
         short: true,
         run: poison,
     },
     Case {
         name: "poison-large",
         control: "the limit for messages in hand",
+        finds: Finds::Fault("billing takes"),
         short: false,
         run: large,
     },

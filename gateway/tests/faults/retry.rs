@@ -8,18 +8,20 @@ use fastrand::Rng;
 use crate::load::{Load, What};
 use crate::outage::{set_up, suffer};
 use crate::platform::{Platform, Program};
-use crate::{Case, Outcome, Run, broker, database};
+use crate::{Case, Finds, Outcome, Run, broker, database};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "gateway-killed",
         control: "the Idempotency-Key of clients that repeat",
+        finds: Finds::Loss,
         short: true,
         run: gateway_killed,
     },
     Case {
         name: "repeated-through-all",
         control: "the Idempotency-Key of clients that repeat",
+        finds: Finds::Loss,
         short: false,
         run: repeated_through_all,
     },
@@ -42,7 +44,8 @@ fn gateway_killed(run: &mut Run<'_>) -> Outcome {
     outcome
 }
 
-/// Every fault of broker and database after the other, and the gateway killed in each.
+/// Every fault of broker and database after the other, and gateway and billing killed in each.
+/// Not the deletions of the queue: what was acknowledged is gone with it.
 fn repeated_through_all(run: &mut Run<'_>) -> Outcome {
     let mut outcome = Outcome { load: "12 clients".into(), ..Outcome::default() };
     set_up(run, Program::Real);
@@ -59,10 +62,17 @@ fn repeated_through_all(run: &mut Run<'_>) -> Outcome {
             load.flows_again_after("the start");
         }
         let gateway = platform.gateway.pid();
-        kill_gateway(run.platform, &mut random);
-        suffer(run, fault, &[&stubborn, &orders, &movies], gateway, &mut outcome);
-        kill_gateway(run.platform, &mut random);
-        outcome.faults += 3;
+        kill_gateway(platform, &mut random);
+        let meanwhile = Duration::from_millis(random.u64(500..3_000));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::park_timeout(meanwhile);
+                platform.billing.kill();
+            });
+            suffer(run, fault, &[&stubborn, &orders, &movies], gateway, &mut outcome);
+        });
+        kill_gateway(platform, &mut random);
+        outcome.faults += 4;
     }
     let mut loads = [movies, orders, stubborn];
     // All of them, or the queue is hardly ever empty.

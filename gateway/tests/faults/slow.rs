@@ -9,18 +9,20 @@ use chassis::testing::{eventually, var};
 use crate::clients::{self, Crowd, Seen, Slow, get, good_client};
 use crate::load::{Load, RECOVERY, What};
 use crate::platform::{Platform, Program, Watch, descriptors, threads};
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "slow-clients",
         control: "the limit on connections: an inventory with a thread for each that comes",
+        finds: Finds::Fault("threads, and"),
         short: true,
         run: slow_clients,
     },
     Case {
         name: "descriptors-exhausted",
         control: "the accept that is tried again: an inventory that ends with the first failure",
+        finds: Finds::Fault("does not recover"),
         short: true,
         run: descriptors_exhausted,
     },

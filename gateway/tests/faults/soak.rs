@@ -8,11 +8,12 @@ use crate::clients::order;
 use crate::overload::Generator;
 use crate::platform::{Program, descriptors, resident};
 use crate::slow::{Target, all_threads_are_back};
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "soak",
     control: "giving back: an inventory that keeps 4 KB a request and a descriptor now and then",
+    finds: Finds::Fault("grew from"),
     short: false,
     run: soak,
 }];

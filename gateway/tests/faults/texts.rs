@@ -11,19 +11,27 @@ use ureq::Agent;
 
 use crate::harness::agent;
 use crate::platform::Program;
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "texts-come-back",
         control: "four-byte letters: an inventory that keeps a question mark for each",
+        finds: Finds::Fault("text "),
         short: true,
         run: texts_come_back,
     },
-    Case { name: "no-update-is-lost", control: "If-Match", short: true, run: no_update_is_lost },
+    Case {
+        name: "no-update-is-lost",
+        control: "If-Match",
+        finds: Finds::Loss,
+        short: true,
+        run: no_update_is_lost,
+    },
     Case {
         name: "all-movies-deleted",
         control: "the deletion of all at once: each movie by itself",
+        finds: Finds::Fault("the ids do not start again"),
         short: true,
         run: all_movies_deleted,
     },

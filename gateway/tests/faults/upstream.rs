@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use crate::clients::{Seen, ask, find, get, good_client, order, percentile};
 use crate::platform::Program;
-use crate::{Case, Outcome, Run};
+use crate::{Case, Finds, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "inventory-broken",
     control: "the deadline for inventory's answers",
+    finds: Finds::Fault("no answer in"),
     short: true,
     run: inventory_broken,
 }];
