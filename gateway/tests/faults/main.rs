@@ -63,7 +63,7 @@ provision/local faults [CASE…] [--long] [--seed N] [--no-controls]
                        [--minutes N] [--list]
 
   CASE           those whose name begins so; all of them otherwise
-  --long         more of everything: an hour and a quarter, without controls
+  --long         more of everything: about an hour, without controls
   --seed N       the same random choices as the run that printed N
   --minutes N    how long the soak is, instead of 30 in the long form and two
   --no-controls  without the runs that must fail";

@@ -136,7 +136,7 @@ fn operations(run: &mut Run<'_>) -> Outcome {
         &["reload", "all"],
         &["restart", "all"],
     ];
-    for step in steps.iter().cycle().take(steps.len() * run.either(1, 3)) {
+    for step in steps.iter().cycle().take(steps.len() * run.either(1, 2)) {
         let failed = orders.failed() + movies.failed();
         pm2.run(step);
         outcome.faults += 1;

@@ -50,7 +50,7 @@ pub(crate) const fn case(fault: &Fault, run: fn(&mut Run<'_>) -> Outcome) -> Cas
     }
 }
 
-/// Hurts the server under load, in the long form several times.
+/// Hurts the server under load.
 pub(crate) fn outage(run: &mut Run<'_>, fault: &Fault) -> Outcome {
     let mut outcome = Outcome { load: "8 clients".into(), ..Outcome::default() };
     let billing = if run.control { Program::Careless } else { Program::Real };
@@ -60,11 +60,10 @@ pub(crate) fn outage(run: &mut Run<'_>, fault: &Fault) -> Outcome {
     let movies = Load::start(platform, What::Movies, &run.tag, 4);
     let memory = platform.watch_memory();
     orders.flows_again_after("the start");
-    for _ in 0..if run.control { 1 } else { run.either(1, 2) } {
-        let gateway = platform.gateway.pid();
-        suffer(run, fault, &[&orders, &movies], gateway, &mut outcome);
-        outcome.faults += 1;
-    }
+    let gateway = platform.gateway.pid();
+    let hold = run.either(fault.hold_ms.0, fault.hold_ms.1);
+    suffer(run, fault, hold, &[&orders, &movies], gateway, &mut outcome);
+    outcome.faults = 1;
     if run.control {
         die_with_orders_in_hand(platform, &run.tag, &orders);
     }
@@ -88,10 +87,12 @@ pub(crate) fn set_up(run: &Run<'_>, billing: Program) {
 }
 
 /// The fault from its begin to the moment when all is well again; into `outcome`, how long
-/// those paused whom it must not hurt. `gateway` is its process of before.
+/// those paused whom it must not hurt. It lasts `hold` milliseconds at least; `gateway` is its
+/// process of before.
 pub(crate) fn suffer(
     run: &Run<'_>,
     fault: &Fault,
+    hold: u64,
     loads: &[&Load],
     gateway: u32,
     outcome: &mut Outcome,
@@ -102,7 +103,7 @@ pub(crate) fn suffer(
         load.pause();
     }
     let injected = Injected { platform, heal: Some((fault.inject)(platform)) };
-    let over = Instant::now() + Duration::from_millis(run.either(fault.hold_ms.0, fault.hold_ms.1));
+    let over = Instant::now() + Duration::from_millis(hold);
     for load in &unhurt {
         load.flows_again_after(&format!("{} has begun", fault.name));
     }

@@ -69,7 +69,9 @@ fn repeated_through_all(run: &mut Run<'_>) -> Outcome {
                 thread::park_timeout(meanwhile);
                 platform.billing.kill();
             });
-            suffer(run, fault, &[&stubborn, &orders, &movies], gateway, &mut outcome);
+            // How it is when it lasts long, its own case shows.
+            let hold = fault.hold_ms.0;
+            suffer(run, fault, hold, &[&stubborn, &orders, &movies], gateway, &mut outcome);
         });
         kill_gateway(platform, &mut random);
         outcome.faults += 4;
