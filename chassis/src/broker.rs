@@ -67,10 +67,12 @@ impl Config {
             .information(Some(name.to_owned()));
         let connection = leash.within(CONNECT_TIMEOUT, || {
             let stream = mio::net::TcpStream::from_stream(stream)?;
-            Connection::insecure_open_stream(stream, options, ConnectionTuning::default())
-                .with_context(|| {
-                    format!("no login as {} at the broker at {}", self.user, self.address)
-                })
+            // Each message is handed over in three parts, and whoever does it waits when there is
+            // no room: not after every fifth message.
+            let tuning = ConnectionTuning::default().mem_channel_bound(512);
+            Connection::insecure_open_stream(stream, options, tuning).with_context(|| {
+                format!("no login as {} at the broker at {}", self.user, self.address)
+            })
         })?;
         Ok((connection, leash))
     }

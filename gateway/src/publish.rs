@@ -16,8 +16,7 @@ use anyhow::bail;
 use chassis::Stop;
 use chassis::broker::{self, Backoff, Leash};
 use chassis::problem::Problem;
-use chassis::turns::{Turn, Turns};
-use crossbeam_channel::{Receiver, RecvError, Sender, bounded, select};
+use crossbeam_channel::{Receiver, RecvError, Sender, never, select, unbounded};
 
 use crate::{config, metrics};
 
@@ -31,11 +30,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// said that it is blocked, is given up: a new connection tells more.
 const SILENCE: Duration = Duration::from_secs(10);
 
-/// How long an order waits for a place while the broker confirms others.
+/// How long an order waits to be sent while the broker confirms others.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// How many more orders go out before the thread looks at its other channels again.
-const AT_ONCE: usize = 63;
 
 /// AMQP 0-9-1's delivery mode for a message that survives the broker.
 const PERSISTENT: u8 = 2;
@@ -51,6 +47,7 @@ pub struct Publisher {
 pub struct Worker {
     broker: broker::Config,
     queue: String,
+    max_in_flight: usize,
     jobs: Receiver<Job>,
     shared: Arc<Shared>,
 }
@@ -59,18 +56,15 @@ struct Shared {
     connected: AtomicBool,
     /// The broker has raised an alarm and takes no messages.
     blocked: AtomicBool,
-    turns: Turns,
+    /// As many messages as may be are on their way, and for a while none was confirmed.
+    stuck: AtomicBool,
 }
 
-/// A message on its way; whoever posted it waits at the other end of `verdict`.
+/// A message to be sent; whoever posted it waits at the other end of `verdict`.
 struct Job {
     id: String,
     body: String,
-    deadline: Instant,
     verdict: Reply,
-    /// A place among the messages on their way, until the broker has said what became
-    /// of this one, also when nobody waits for that any more.
-    turn: Turn,
 }
 
 /// Where a verdict is put, once, for the thread that waits for it.
@@ -79,6 +73,8 @@ struct Job {
 /// sleeps: for a wait of milliseconds on a busy machine that is CPU taken from those
 /// whose turn it is.
 struct Slot {
+    /// By the worker, which then sends the message, or by the waiter, who then has withdrawn it.
+    claimed: AtomicBool,
     verdict: OnceLock<Verdict>,
     waiter: Thread,
 }
@@ -99,15 +95,17 @@ enum Verdict {
 impl Publisher {
     /// Both sides; nothing is sent before the worker runs.
     pub fn new(config: &config::Publish) -> (Publisher, Worker) {
-        let (sender, receiver) = bounded(config.max_in_flight);
+        // Of itself not bounded: each of the server's threads waits for the one that it put in.
+        let (sender, receiver) = unbounded();
         let shared = Arc::new(Shared {
             connected: AtomicBool::new(false),
             blocked: AtomicBool::new(false),
-            turns: Turns::new(config.max_in_flight).shown_by(metrics::PUBLISHES_IN_FLIGHT.clone()),
+            stuck: AtomicBool::new(false),
         });
         let worker = Worker {
             broker: config.broker.clone(),
             queue: config.queue.clone(),
+            max_in_flight: config.max_in_flight,
             jobs: receiver,
             shared: Arc::clone(&shared),
         };
@@ -116,19 +114,28 @@ impl Publisher {
 
     /// Returns once the broker has confirmed a persistent copy, and not a moment before.
     pub fn publish(&self, id: &str, body: String) -> Result<(), Problem> {
-        let answer = Arc::new(Slot { verdict: OnceLock::new(), waiter: thread::current() });
         self.shared.usable().map_err(Problem::unavailable)?;
-        let turn =
-            self.shared.turns.take_if_moving(PATIENCE).ok_or_else(|| {
-                Problem::unavailable("too many orders wait for the message broker")
-            })?;
-        let deadline = Instant::now() + self.timeout;
-        let verdict = Reply(Arc::clone(&answer));
-        let job = Job { id: id.to_owned(), body, deadline, verdict, turn };
-        if self.jobs.try_send(job).is_err() {
+        if self.shared.stuck.load(Ordering::SeqCst) {
             return Err(Problem::unavailable("too many orders wait for the message broker"));
         }
-        let outcome = match answer.wait_until(deadline) {
+        let begun = Instant::now();
+        let answer = Arc::new(Slot {
+            claimed: AtomicBool::new(false),
+            verdict: OnceLock::new(),
+            waiter: thread::current(),
+        });
+        let verdict = Reply(Arc::clone(&answer));
+        let job = Job { id: id.to_owned(), body, verdict };
+        self.jobs.send(job).map_err(|_| Problem::internal().because("no worker publishes"))?;
+        let mut verdict = answer.wait_until(begun + PATIENCE.min(self.timeout));
+        if verdict.is_none() {
+            if answer.claim() {
+                let told = "the message broker takes orders too slowly; this one was not sent";
+                return Err(Problem::unavailable(told));
+            }
+            verdict = answer.wait_until(begun + self.timeout);
+        }
+        let outcome = match verdict {
             Some(Verdict::Confirmed) => return Ok(()),
             Some(Verdict::Refused) => "the message broker did not take the order",
             Some(Verdict::Unknown) | None => {
@@ -158,6 +165,11 @@ impl Publisher {
 }
 
 impl Slot {
+    /// Whether it was nobody's before.
+    fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::SeqCst)
+    }
+
     fn wait_until(&self, deadline: Instant) -> Option<Verdict> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -203,6 +215,7 @@ impl Worker {
         while !done.raised() {
             let Err(err) = self.session(done) else { return };
             let was_connected = self.shared.connected.swap(false, Ordering::SeqCst);
+            self.shared.stuck.store(false, Ordering::SeqCst);
             metrics::BROKER_CONNECTED.set(0);
             let reason = format!("{err:#}");
             // One line a reason, not one an attempt.
@@ -270,21 +283,33 @@ impl Worker {
         log::info!("publishing to {} at {}", self.queue, self.broker.address);
 
         let mut outstanding = Outstanding::new();
+        let nothing = never();
         loop {
+            let full = outstanding.messages.len() >= self.max_in_flight;
             select! {
-                recv(self.jobs) -> job => {
+                recv(if full { &nothing } else { &self.jobs }) -> job => {
                     let Ok(job) = job else { return Ok(()) };
-                    // With it whatever else is there: a look at all channels costs more.
-                    for job in iter::once(job).chain(self.jobs.try_iter().take(AT_ONCE)) {
-                        self.send(job, channel, leash, &mut outstanding)?;
-                    }
+                    self.send(job, channel, leash, &mut outstanding)?;
+                    self.send_waiting(channel, leash, &mut outstanding)?;
                 }
                 recv(confirms) -> confirm => {
-                    // An unroutable message is returned first and then confirmed all the same.
-                    for returned in returns.try_iter() {
-                        outstanding.returned(&returned);
+                    let mut settled = Vec::new();
+                    for confirm in iter::once(confirm?).chain(confirms.try_iter()) {
+                        // An unroutable message is returned first and then confirmed all the same.
+                        for returned in returns.try_iter() {
+                            outstanding.returned(&returned);
+                        }
+                        outstanding.confirmed(confirm, &mut settled);
                     }
-                    outstanding.confirmed(confirm?);
+                    // First the broker has something to do again.
+                    let mut sent = Ok(());
+                    if outstanding.messages.is_empty() && !outstanding.unroutable {
+                        sent = self.send_waiting(channel, leash, &mut outstanding);
+                    }
+                    for (job, verdict) in settled {
+                        job.settle(verdict);
+                    }
+                    sent?;
                 }
                 recv(blocks) -> notice => {
                     let blocked = match notice? {
@@ -309,12 +334,31 @@ impl Worker {
             if done.raised() {
                 return Ok(());
             }
+            let in_flight = outstanding.messages.len();
+            metrics::PUBLISHES_IN_FLIGHT.set(in_flight as i64);
+            let silence = outstanding.heard.elapsed();
+            let stuck = in_flight >= self.max_in_flight && silence > PATIENCE;
+            self.shared.stuck.store(stuck, Ordering::SeqCst);
             let blocked = self.shared.blocked.load(Ordering::SeqCst);
-            if !blocked && !outstanding.messages.is_empty() && outstanding.heard.elapsed() > SILENCE
-            {
+            if !blocked && in_flight > 0 && silence > SILENCE {
                 bail!("no confirm for {} s", SILENCE.as_secs());
             }
         }
+    }
+
+    /// Sends what there is, as far as there is room.
+    fn send_waiting(
+        &self,
+        channel: &Channel,
+        leash: &Leash,
+        outstanding: &mut Outstanding,
+    ) -> anyhow::Result<()> {
+        while outstanding.messages.len() < self.max_in_flight
+            && let Ok(job) = self.jobs.try_recv()
+        {
+            self.send(job, channel, leash, outstanding)?;
+        }
+        Ok(())
     }
 
     fn send(
@@ -324,9 +368,8 @@ impl Worker {
         leash: &Leash,
         outstanding: &mut Outstanding,
     ) -> anyhow::Result<()> {
-        // Its client has been told that it was not confirmed; then it had better not be sent.
-        if job.deadline <= Instant::now() {
-            job.settle(Verdict::Refused);
+        // Its client has been told that it was not sent.
+        if !job.verdict.0.claim() {
             return Ok(());
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -373,20 +416,19 @@ impl Outstanding {
         self.messages.insert(self.last_tag, job);
     }
 
-    fn confirmed(&mut self, confirm: Confirm) {
+    /// Moves what is confirmed to the others that are settled.
+    fn confirmed(&mut self, confirm: Confirm, settled: &mut Vec<(Job, Verdict)>) {
         self.heard = Instant::now();
         let (payload, verdict) = match confirm {
             Confirm::Ack(payload) => (payload, Verdict::Confirmed),
             Confirm::Nack(payload) => (payload, Verdict::Refused),
         };
-        let settled = if payload.multiple {
+        if payload.multiple {
             let later = self.messages.split_off(&(payload.delivery_tag + 1));
-            std::mem::replace(&mut self.messages, later).into_values().collect()
+            let jobs = std::mem::replace(&mut self.messages, later).into_values();
+            settled.extend(jobs.map(|job| (job, verdict)));
         } else {
-            Vec::from_iter(self.messages.remove(&payload.delivery_tag))
-        };
-        for job in settled {
-            job.settle(verdict);
+            settled.extend(self.messages.remove(&payload.delivery_tag).map(|job| (job, verdict)));
         }
     }
 
@@ -402,6 +444,7 @@ impl Outstanding {
 
 impl Drop for Outstanding {
     fn drop(&mut self) {
+        metrics::PUBLISHES_IN_FLIGHT.set(0);
         for job in std::mem::take(&mut self.messages).into_values() {
             job.settle(Verdict::Unknown);
         }
@@ -416,7 +459,6 @@ impl Job {
             Verdict::Unknown => "unknown",
         };
         metrics::PUBLISHES.with_label_values(&[label]).inc();
-        drop(self.turn);
         self.verdict.put(verdict);
     }
 }

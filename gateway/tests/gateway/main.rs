@@ -7,6 +7,10 @@ mod forward;
 mod framing;
 mod harness;
 mod logs;
+// With more modes than the tests need.
+#[allow(dead_code)]
+#[path = "../faults/proxy.rs"]
+mod proxy;
 mod publish;
 mod repository;
 mod secrets;

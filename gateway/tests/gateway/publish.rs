@@ -11,14 +11,23 @@ use chassis::testing::{TestVhost, eventually, management, var};
 use serde_json::{Value, json};
 
 use crate::harness::{Service, Stack, agent, post};
+use crate::proxy::{Mode, Proxy};
 
 const ORDER: &str = r#"{ "user_id": "20", "number_of_items": 99, "total_amount": 29.90 }"#;
 
 /// A gateway with a virtual host of its own, ready to publish.
 fn gateway() -> (Stack, Service, TestVhost) {
+    gateway_with(&[])
+}
+
+/// The same with settings of its own.
+fn gateway_with(settings: &[(&str, &str)]) -> (Stack, Service, TestVhost) {
     let vhost = TestVhost::new();
     let mut stack = Stack::new();
     stack.set("RABBITMQ_VHOST", &vhost.name);
+    for (name, value) in settings {
+        stack.set(name, value);
+    }
     // Nobody consumes: what is published can be looked at.
     let service = stack.start_and_wait("gateway");
     connected(&stack);
@@ -262,16 +271,67 @@ fn a_deleted_queue_costs_a_503_and_is_declared_anew() {
 }
 
 #[test]
-fn two_hundred_clients_at_once_are_all_confirmed() {
-    let (stack, _gateway, vhost) = gateway();
-    let clients: Vec<_> = (0..200)
-        .map(|_| {
-            let url = stack.url("/api/billing");
-            thread::spawn(move || post(&agent(), &url, ORDER).unwrap().0)
-        })
-        .collect();
-    for client in clients {
-        assert_eq!(client.join().unwrap(), 200);
+fn two_hundred_clients_at_once_are_all_confirmed_also_four_at_a_time() {
+    for most in ["192", "4"] {
+        let (stack, _gateway, vhost) = gateway_with(&[("GATEWAY_PUBLISH_MAX_IN_FLIGHT", most)]);
+        let clients: Vec<_> = (0..200)
+            .map(|_| {
+                let url = stack.url("/api/billing");
+                thread::spawn(move || post(&agent(), &url, ORDER).unwrap())
+            })
+            .collect();
+        for client in clients {
+            let (status, told) = client.join().unwrap();
+            assert_eq!(status, 200, "{most} at a time: {told}");
+        }
+        assert_eq!(queued(&vhost).len(), 200);
     }
-    assert_eq!(queued(&vhost).len(), 200);
+}
+
+#[test]
+fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
+    let broker = format!("{}:{}", var("RABBITMQ_HOST"), var("RABBITMQ_PORT"));
+    let proxy = Proxy::start(broker.parse().unwrap());
+    let (stack, _gateway, vhost) = gateway_with(&[
+        ("RABBITMQ_HOST", &proxy.address.ip().to_string()),
+        ("RABBITMQ_PORT", &proxy.address.port().to_string()),
+        ("GATEWAY_PUBLISH_MAX_IN_FLIGHT", "1"),
+        ("GATEWAY_PUBLISH_TIMEOUT_MS", "20000"),
+    ]);
+    let url = stack.url("/api/billing");
+    let order = move |user: &str| {
+        let body = format!(r#"{{"user_id":"{user}","number_of_items":1,"total_amount":1}}"#);
+        let (status, told) = post(&agent(), &url, &body).unwrap();
+        (status, told["detail"].as_str().unwrap_or_default().to_owned())
+    };
+    // A message takes so long, and its confirm too.
+    proxy.set(Mode::Delay(Duration::from_secs(3)));
+    let clients: Vec<_> = ["one", "two", "three"]
+        .map(|user| (user, order.clone()))
+        .map(|(user, order)| (user, thread::spawn(move || order(user))))
+        .into();
+    // To wait behind one that is not confirmed would make the next client stuck too.
+    eventually("who comes later is refused at once", 5, || {
+        let (status, told) = order("four");
+        assert_eq!(status, 503, "{told}");
+        (told == "too many orders wait for the message broker").then_some(())
+    });
+    let told: Vec<_> =
+        clients.into_iter().map(|(user, client)| (user, client.join().unwrap())).collect();
+    let (confirmed, unsent): (Vec<_>, Vec<_>) =
+        told.iter().partition(|(_, (status, _))| *status == 200);
+    assert_eq!(confirmed.len(), 1, "{told:?}");
+    assert!(unsent.iter().all(|(_, (_, told))| told.ends_with("was not sent")), "{told:?}");
+
+    proxy.set(Mode::Pass);
+    assert_eq!(order("five").0, 200);
+    let mut came: Vec<String> = queued(&vhost)
+        .iter()
+        .map(|message| serde_json::from_str(message["payload"].as_str().unwrap()).unwrap())
+        .map(|order: Value| order["user_id"].as_str().unwrap().to_owned())
+        .collect();
+    came.sort();
+    let mut expected = [confirmed[0].0, "five"];
+    expected.sort();
+    assert_eq!(came, expected, "{told:?}");
 }
