@@ -168,7 +168,7 @@ const NEVER_ANSWERS: Fault = Fault {
 /// Every 150 ms it dies, with thousands of orders before it, which for the first deaths somebody
 /// keeps from being booked.
 fn crash_loop(run: &mut Run<'_>) -> Outcome {
-    let (backlog, deaths) = run.either((3_000, 15), (40_000, 100));
+    let (backlog, deaths) = run.either((8_000, 15), (80_000, 100));
     let mut outcome = Outcome { faults: deaths, ..Outcome::default() };
     if run.control {
         run.platform.billing.replace(Program::Careless);
