@@ -27,7 +27,9 @@ chassis::metrics! {
     RATE_LIMITED: IntCounter = register_int_counter!(
         "rate_limited_total", "Requests refused because their address had used up its quota.");
     PUBLISHES: IntCounterVec = register_int_counter_vec!(
-        "publishes_total", "Messages by what the broker said of them.", &["outcome"]);
+        "publishes_total",
+        "Messages by what the broker said of them; unsent: withdrawn after a wait for others.",
+        &["outcome"]);
     PUBLISHES_IN_FLIGHT: IntGauge = register_int_gauge!(
         "publishes_in_flight", "Messages not yet confirmed.");
     BROKER_CONNECTED: IntGauge = register_int_gauge!(

@@ -95,7 +95,8 @@ enum Verdict {
 impl Publisher {
     /// Both sides; nothing is sent before the worker runs.
     pub fn new(config: &config::Publish) -> (Publisher, Worker) {
-        // Of itself not bounded: each of the server's threads waits for the one that it put in.
+        // Of itself not bounded: each of the server's threads waits for one in it, and those
+        // that were withdrawn go when the worker comes by.
         let (sender, receiver) = unbounded();
         let shared = Arc::new(Shared {
             connected: AtomicBool::new(false),
@@ -119,17 +120,14 @@ impl Publisher {
             return Err(Problem::unavailable("too many orders wait for the message broker"));
         }
         let begun = Instant::now();
-        let answer = Arc::new(Slot {
-            claimed: AtomicBool::new(false),
-            verdict: OnceLock::new(),
-            waiter: thread::current(),
-        });
+        let answer = Slot::new();
         let verdict = Reply(Arc::clone(&answer));
         let job = Job { id: id.to_owned(), body, verdict };
         self.jobs.send(job).map_err(|_| Problem::internal().because("no worker publishes"))?;
         let mut verdict = answer.wait_until(begun + PATIENCE.min(self.timeout));
         if verdict.is_none() {
             if answer.claim() {
+                metrics::PUBLISHES.with_label_values(&["unsent"]).inc();
                 let told = "the message broker takes orders too slowly; this one was not sent";
                 return Err(Problem::unavailable(told));
             }
@@ -165,6 +163,12 @@ impl Publisher {
 }
 
 impl Slot {
+    /// For the thread that asks.
+    fn new() -> Arc<Slot> {
+        let (claimed, verdict) = (AtomicBool::new(false), OnceLock::new());
+        Arc::new(Slot { claimed, verdict, waiter: thread::current() })
+    }
+
     /// Whether it was nobody's before.
     fn claim(&self) -> bool {
         !self.claimed.swap(true, Ordering::SeqCst)
@@ -226,7 +230,7 @@ impl Worker {
                 log::warn!("the broker is not available, trying until it is: {reason}");
             }
             told = reason;
-            for job in self.jobs.try_iter() {
+            for job in self.jobs.try_iter().filter(|job| job.verdict.0.claim()) {
                 job.settle(Verdict::Refused);
             }
             done.wait(backoff.pause());
@@ -285,9 +289,9 @@ impl Worker {
         let mut outstanding = Outstanding::new();
         let nothing = never();
         loop {
-            let full = outstanding.messages.len() >= self.max_in_flight;
+            let closed = !self.has_room(&outstanding);
             select! {
-                recv(if full { &nothing } else { &self.jobs }) -> job => {
+                recv(if closed { &nothing } else { &self.jobs }) -> job => {
                     let Ok(job) = job else { return Ok(()) };
                     self.send(job, channel, leash, &mut outstanding)?;
                     self.send_waiting(channel, leash, &mut outstanding)?;
@@ -306,6 +310,7 @@ impl Worker {
                     if outstanding.messages.is_empty() && !outstanding.unroutable {
                         sent = self.send_waiting(channel, leash, &mut outstanding);
                     }
+                    self.observe(&outstanding);
                     for (job, verdict) in settled {
                         job.settle(verdict);
                     }
@@ -334,16 +339,28 @@ impl Worker {
             if done.raised() {
                 return Ok(());
             }
-            let in_flight = outstanding.messages.len();
-            metrics::PUBLISHES_IN_FLIGHT.set(in_flight as i64);
-            let silence = outstanding.heard.elapsed();
-            let stuck = in_flight >= self.max_in_flight && silence > PATIENCE;
-            self.shared.stuck.store(stuck, Ordering::SeqCst);
+            self.observe(&outstanding);
             let blocked = self.shared.blocked.load(Ordering::SeqCst);
-            if !blocked && in_flight > 0 && silence > SILENCE {
+            if !blocked && !outstanding.messages.is_empty() && outstanding.heard.elapsed() > SILENCE
+            {
                 bail!("no confirm for {} s", SILENCE.as_secs());
             }
         }
+    }
+
+    /// Whether one more may be sent: to a broker that has raised an alarm none, because it
+    /// would not read it.
+    fn has_room(&self, outstanding: &Outstanding) -> bool {
+        outstanding.messages.len() < self.max_in_flight
+            && !self.shared.blocked.load(Ordering::SeqCst)
+    }
+
+    /// Tells the others how it stands.
+    fn observe(&self, outstanding: &Outstanding) {
+        let in_flight = outstanding.messages.len();
+        metrics::PUBLISHES_IN_FLIGHT.set(in_flight as i64);
+        let stuck = in_flight >= self.max_in_flight && outstanding.heard.elapsed() > PATIENCE;
+        self.shared.stuck.store(stuck, Ordering::SeqCst);
     }
 
     /// Sends what there is, as far as there is room.
@@ -353,7 +370,7 @@ impl Worker {
         leash: &Leash,
         outstanding: &mut Outstanding,
     ) -> anyhow::Result<()> {
-        while outstanding.messages.len() < self.max_in_flight
+        while self.has_room(outstanding)
             && let Ok(job) = self.jobs.try_recv()
         {
             self.send(job, channel, leash, outstanding)?;
@@ -432,13 +449,15 @@ impl Outstanding {
         }
     }
 
+    /// No queue has it. Of several with the same id, which a repeated key gives, nobody can
+    /// tell which one is meant.
     fn returned(&mut self, returned: &Return) {
         self.unroutable = true;
         let id = returned.properties.message_id();
-        let tag = self.messages.iter().find(|(_, job)| Some(&job.id) == id.as_ref());
-        if let Some(job) = tag.map(|(tag, _)| *tag).and_then(|tag| self.messages.remove(&tag)) {
-            job.settle(Verdict::Refused);
-        }
+        let meant = self.messages.extract_if(.., |_, job| Some(&job.id) == id.as_ref());
+        let meant: Vec<(u64, Job)> = meant.collect();
+        let verdict = if meant.len() == 1 { Verdict::Refused } else { Verdict::Unknown };
+        meant.into_iter().for_each(|(_, job)| job.settle(verdict));
     }
 }
 
@@ -460,5 +479,40 @@ impl Job {
         };
         metrics::PUBLISHES.with_label_values(&[label]).inc();
         self.verdict.put(verdict);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What those are told who sent messages with these ids, of which this one comes back.
+    fn told(ids: &[&str], returned: &str) -> Vec<Option<Verdict>> {
+        let mut outstanding = Outstanding::new();
+        let slots: Vec<_> = ids.iter().map(|_| Slot::new()).collect();
+        for (id, slot) in ids.iter().zip(&slots) {
+            let (id, verdict) = ((*id).to_owned(), Reply(Arc::clone(slot)));
+            outstanding.add(Job { id, body: String::new(), verdict });
+        }
+        outstanding.returned(&Return {
+            reply_code: 312,
+            reply_text: "NO_ROUTE".to_owned(),
+            exchange: String::new(),
+            routing_key: String::new(),
+            content: Vec::new(),
+            properties: AmqpProperties::default().with_message_id(returned.to_owned()),
+        });
+        slots.iter().map(|slot| slot.verdict.get().copied()).collect()
+    }
+
+    #[test]
+    fn of_a_returned_message_it_is_told_that_nobody_took_it() {
+        assert_eq!(told(&["a", "b"], "b"), [None, Some(Verdict::Refused)]);
+    }
+
+    #[test]
+    fn of_a_returned_message_that_was_sent_twice_nothing_certain_is_told() {
+        let unknown = Some(Verdict::Unknown);
+        assert_eq!(told(&["a", "b", "a"], "a"), [unknown, None, unknown]);
     }
 }
