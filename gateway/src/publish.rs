@@ -290,6 +290,7 @@ impl Worker {
         let nothing = never();
         loop {
             let closed = !self.has_room(&outstanding);
+            let (mut settled, mut sent) = (Vec::new(), Ok(()));
             select! {
                 recv(if closed { &nothing } else { &self.jobs }) -> job => {
                     let Ok(job) = job else { return Ok(()) };
@@ -297,7 +298,6 @@ impl Worker {
                     self.send_waiting(channel, leash, &mut outstanding)?;
                 }
                 recv(confirms) -> confirm => {
-                    let mut settled = Vec::new();
                     for confirm in iter::once(confirm?).chain(confirms.try_iter()) {
                         // An unroutable message is returned first and then confirmed all the same.
                         for returned in returns.try_iter() {
@@ -305,16 +305,10 @@ impl Worker {
                         }
                         outstanding.confirmed(confirm, &mut settled);
                     }
-                    // First the broker has something to do again.
-                    let mut sent = Ok(());
+                    // Before their clients are woken the broker has something to do again.
                     if outstanding.messages.is_empty() && !outstanding.unroutable {
                         sent = self.send_waiting(channel, leash, &mut outstanding);
                     }
-                    self.observe(&outstanding);
-                    for (job, verdict) in settled {
-                        job.settle(verdict);
-                    }
-                    sent?;
                 }
                 recv(blocks) -> notice => {
                     let blocked = match notice? {
@@ -332,6 +326,11 @@ impl Worker {
                 }
                 default(TICK) => (),
             }
+            self.observe(&outstanding);
+            for (job, verdict) in settled {
+                job.settle(verdict);
+            }
+            sent?;
             if outstanding.unroutable {
                 bail!("the queue {} is gone: connecting anew to declare it", self.queue);
             }
@@ -339,7 +338,6 @@ impl Worker {
             if done.raised() {
                 return Ok(());
             }
-            self.observe(&outstanding);
             let blocked = self.shared.blocked.load(Ordering::SeqCst);
             if !blocked && !outstanding.messages.is_empty() && outstanding.heard.elapsed() > SILENCE
             {
