@@ -43,6 +43,16 @@ fn connected(stack: &Stack) {
     });
 }
 
+fn order_of(user: &str) -> String {
+    format!(r#"{{"user_id":"{user}","number_of_items":1,"total_amount":1}}"#)
+}
+
+/// Whose order a message is.
+fn user_of(message: &Value) -> String {
+    let order: Value = serde_json::from_str(message["payload"].as_str().unwrap()).unwrap();
+    order["user_id"].as_str().unwrap().to_owned()
+}
+
 /// Takes the messages off the queue.
 fn queued(vhost: &TestVhost) -> Vec<Value> {
     let path = format!("queues/{}/{}/get", vhost.name, var("RABBITMQ_QUEUE"));
@@ -208,9 +218,7 @@ fn connections_cut_by_the_broker_under_load_lose_no_confirmed_order() {
                         break;
                     }
                     let user = format!("{client}-{order}");
-                    let body =
-                        format!(r#"{{"user_id":"{user}","number_of_items":1,"total_amount":1}}"#);
-                    match post(&agent, &url, &body).unwrap() {
+                    match post(&agent, &url, &order_of(&user)).unwrap() {
                         (200, _) => confirmed.push(user),
                         (503, told) => {
                             assert_eq!(told["status"], 503, "{told}");
@@ -245,11 +253,7 @@ fn connections_cut_by_the_broker_under_load_lose_no_confirmed_order() {
     let found: Vec<String> =
         std::iter::from_fn(|| Some(queued(&vhost)).filter(|some| !some.is_empty()))
             .flatten()
-            .map(|message| {
-                let body: Value =
-                    serde_json::from_str(message["payload"].as_str().unwrap()).unwrap();
-                body["user_id"].as_str().unwrap().to_owned()
-            })
+            .map(|message| user_of(&message))
             .collect();
     for user in &confirmed {
         let times = found.iter().filter(|found| *found == user).count();
@@ -300,8 +304,7 @@ fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
     ]);
     let url = stack.url("/api/billing");
     let order = move |user: &str| {
-        let body = format!(r#"{{"user_id":"{user}","number_of_items":1,"total_amount":1}}"#);
-        let (status, told) = post(&agent(), &url, &body).unwrap();
+        let (status, told) = post(&agent(), &url, &order_of(user)).unwrap();
         (status, told["detail"].as_str().unwrap_or_default().to_owned())
     };
     // Each piece of a message takes so long, and its confirm too.
@@ -327,11 +330,7 @@ fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
 
     proxy.set(Mode::Pass);
     assert_eq!(order("five").0, 200);
-    let mut came: Vec<String> = queued(&vhost)
-        .iter()
-        .map(|message| serde_json::from_str(message["payload"].as_str().unwrap()).unwrap())
-        .map(|order: Value| order["user_id"].as_str().unwrap().to_owned())
-        .collect();
+    let mut came: Vec<String> = queued(&vhost).iter().map(user_of).collect();
     came.sort();
     let mut expected = [confirmed[0].0, "five"];
     expected.sort();
