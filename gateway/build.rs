@@ -14,16 +14,16 @@ const SWAGGER_UI: [&str; 4] =
     ["dist/swagger-ui-bundle.js", "dist/swagger-ui.css", "dist/index.css", "LICENSE"];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    println!("cargo::rerun-if-changed=openapi.yaml");
-    println!("cargo::rerun-if-changed=docs");
+    println!("cargo::rerun-if-changed=api/openapi.yaml");
+    println!("cargo::rerun-if-changed=api/docs");
 
-    let yaml = fs::read_to_string("openapi.yaml")?;
+    let yaml = fs::read_to_string("api/openapi.yaml")?;
     let contract: serde_json::Value = serde_saphyr::from_str(&yaml)?;
     pack("openapi.yaml", yaml.as_bytes())?;
     pack("openapi.json", &serde_json::to_vec(&contract)?)?;
 
-    pack("index.html", &fs::read("docs/index.html")?)?;
-    pack("start.js", &fs::read("docs/start.js")?)?;
+    pack("index.html", &fs::read("api/docs/index.html")?)?;
+    pack("start.js", &fs::read("api/docs/start.js")?)?;
 
     // Everything in the archive lies in one folder named after the release.
     let mut archive = ZipArchive::new(Cursor::new(SWAGGER_UI_VENDORED))?;

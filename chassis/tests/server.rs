@@ -1,7 +1,5 @@
 //! The server loop from outside, on real sockets.
 
-mod corpus;
-
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,6 +11,7 @@ use chassis::env::Env;
 use chassis::http::Answer;
 use chassis::server::{Config, Limits, bind, serve};
 use chassis::stop::Stop;
+use chassis::testing::http_corpus as corpus;
 use proptest::prelude::*;
 use rouille::{Request, Response, ResponseBody};
 

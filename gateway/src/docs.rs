@@ -157,7 +157,7 @@ mod tests {
     fn the_yaml_is_the_file_that_people_edit() {
         let response = openapi_yaml(&request(&[]));
         assert_eq!(header(&response, "Content-Type"), Some("application/yaml"));
-        assert_eq!(text(response), include_str!("../openapi.yaml"));
+        assert_eq!(text(response), include_str!("../api/openapi.yaml"));
     }
 
     #[test]

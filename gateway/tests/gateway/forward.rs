@@ -7,7 +7,7 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Service, Stack, agent, raw};
+use harness::{Service, Stack, agent, raw};
 use chassis::testing::eventually;
 
 /// Stands where inventory would: hands every request it reads to `answer`, which

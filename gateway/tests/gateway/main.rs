@@ -1,17 +1,5 @@
-//! The gateway from outside: alone, with the broker, and in front of the whole system.
+//! The gateway from outside: alone, in front of fakes, and with a real broker.
 
-mod backup;
-mod clock;
-mod door;
+mod breaker_and_rate_limit;
 mod forward;
-mod framing;
-mod harness;
-mod logs;
-// With more modes than the tests need.
-#[allow(dead_code)]
-#[path = "../faults/proxy.rs"]
-mod proxy;
 mod publish;
-mod repository;
-mod secrets;
-mod system;

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use chassis::testing::{TestVhost, eventually, management, var};
 use serde_json::{Value, json};
 
-use crate::harness::{Service, Stack, agent, post};
-use crate::proxy::{Mode, Proxy};
+use harness::{Service, Stack, agent, post};
+use harness::proxy::{Mode, Proxy};
 
 const ORDER: &str = r#"{ "user_id": "20", "number_of_items": 99, "total_amount": 29.90 }"#;
 
@@ -113,7 +113,7 @@ fn what_billing_would_refuse_is_refused_at_the_door_and_nothing_is_queued() {
     for file in files {
         let name = file.file_name().unwrap().to_string_lossy().into_owned();
         let body = fs::read_to_string(&file).unwrap();
-        let refused = name.starts_with("refused");
+        let refused = name.starts_with("invalid");
         let (status, told) = post(&agent(), &stack.url("/api/billing"), &body).unwrap();
         if refused {
             assert!([400, 422].contains(&status), "{name}: {status} {told}");
@@ -147,7 +147,7 @@ fn a_body_of_another_type_is_a_415_with_a_hint_and_none_is_taken_as_json() {
     let send = |kind: Option<&str>| {
         let header = kind.map(|kind| format!("Content-Type: {kind}\r\n")).unwrap_or_default();
         let length = ORDER.len();
-        crate::harness::raw(
+        harness::raw(
             stack.address,
             &format!(
                 "POST /api/billing HTTP/1.1\r\nHost: h\r\n{header}Content-Length: {length}\r\n\r\n{ORDER}"
@@ -171,7 +171,7 @@ fn a_header_that_could_mean_two_things_is_refused() {
         ("Content-Type: application/json", "Content-Type: text/plain"),
     ] {
         let length = ORDER.len();
-        let answer = crate::harness::raw(
+        let answer = harness::raw(
             stack.address,
             &format!(
                 "POST /api/billing HTTP/1.1\r\nHost: h\r\n{first}\r\n{second}\r\nContent-Length: {length}\r\n\r\n{ORDER}"

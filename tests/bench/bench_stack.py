@@ -1,0 +1,379 @@
+"""Servers, services and load generators for provision/bench, and what each of them costs."""
+
+import contextlib
+import ctypes
+import http.client
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+LOCAL = ROOT / ".local"
+RELEASE = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+SERVERS = ROOT / "provision/dev-servers"
+MS, MB = 1e3, 1 << 20
+
+# What wrk asks: made in advance, so that making it costs the machine nothing meanwhile.
+WRK = """
+local threads, requests, next = 0, {}, 0
+function setup(thread) threads = threads + 1; thread:set("seed", threads) end
+function init(args)
+  local kind, rows, json = args[1], tonumber(args[2]), { ["Content-Type"] = "application/json" }
+  math.randomseed(seed)
+  for i = 1, 4096 do
+    local n = math.random(rows)
+    if kind == "movie" then requests[i] = wrk.format("GET", "/api/movies/" .. n)
+    elseif kind == "add" then requests[i] = wrk.format("POST", "/api/movies", json,
+      '{"title":"Movie ' .. n .. '","description":"' .. args[3] .. '"}')
+    else requests[i] = wrk.format("POST", "/api/billing", json,
+      '{"user_id":"' .. n .. '","number_of_items":"5","total_amount":"180"}') end
+  end
+end
+function request() next = next % 4096 + 1; return requests[next] end
+function done(summary, latency)
+  local e = summary.errors
+  io.write(string.format('\\n{"requests":%d,"seconds":%f,"errors":%d,"p50":%f,"p99":%f}\\n',
+    summary.requests, summary.duration / 1e6, e.connect + e.read + e.write + e.status + e.timeout,
+    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
+end
+"""
+# The two statements of inventory's store.rs, as pgbench takes them.
+SELECT = "\\set id random(1, {rows})\nselect id, title, description, xmin::text as version\nfrom movies\nwhere id = :id;\n"
+INSERT = ("\\set n random(1, {rows})\ninsert into movies (title, description)\n"
+          "values ('Movie ' || :n::text, :text::text)\nreturning id, title, description, xmin::text as version;\n")
+TEXT = "A film of which this text says so much that an answer has some three hundred bytes."
+
+
+# --- processes, and what they cost ----------------------------------------------
+
+def tree(root):
+    """A process and all its descendants, by pid."""
+    children = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int(pathlib.Path(entry.path, "stat").read_text().rsplit(")", 1)[1].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def cpu(root):
+    """Seconds of CPU of a tree of processes, with those that have ended."""
+    ticks = 0
+    for pid in tree(root):
+        with contextlib.suppress(OSError):
+            ticks += sum(map(int, pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def kib(pid, file, name):
+    for line in pathlib.Path(f"/proc/{pid}/{file}").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    return 0
+
+
+def pss(root):
+    """Bytes of memory of a tree of processes; what they share is counted once."""
+    total = 0
+    for pid in tree(root):
+        with contextlib.suppress(OSError):
+            total += kib(pid, "smaps_rollup", "Pss") << 10
+    return total
+
+
+def die_with_parent():
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Stack:
+    """Servers, services and nginx, on free ports, in a directory of their own."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        remove_dead()
+        self.directory = LOCAL / f"bench-{os.getpid()}"
+        self.servers = self.directory / "servers"
+        self.directory.mkdir(parents=True)
+        self.processes = {}
+        self.env = settings()
+        ports = free_ports(12)
+        names = ("POSTGRES_PORT RABBITMQ_PORT RABBITMQ_MANAGEMENT_PORT RABBITMQ_DIST_PORT RABBITMQ_EPMD_PORT"
+                 " GATEWAY_PORT INVENTORY_PORT BILLING_PORT").split()
+        self.env.update(zip(names, map(str, ports)))
+        self.env.update(INVENTORY_DB_PORT=str(ports[0]), BILLING_DB_PORT=str(ports[0]))
+        for name in "GATEWAY INVENTORY BILLING INVENTORY_DB BILLING_DB RABBITMQ".split():
+            self.env[f"{name}_HOST"] = "127.0.0.1"
+        for name, port in zip(("GATEWAY", "INVENTORY", "BILLING"), ports[8:]):
+            self.env[f"{name}_METRICS_LISTEN"] = f"127.0.0.1:{port}"
+        self.nginx_port = ports[11]
+        self.env["MATINEE_BIN_DIR"] = str(RELEASE)
+        self.env["PATH"] += ":/usr/sbin:/sbin"
+        (self.directory / "wrk.lua").write_text(WRK)
+        newest = max(pathlib.Path("/usr/lib/postgresql").glob("*/bin/pgbench"), key=lambda path: float(path.parts[-3]))
+        self.pgbench, self.psql = newest, newest.with_name("psql")
+
+    def __enter__(self):
+        try:
+            run([SERVERS, "start", self.servers], self.env)
+            script = "JSON.stringify(require('./provision/ecosystem.config.js').apps)"
+            self.apps = json.loads(run(["node", "--print", script], self.env))
+            self.pids = {
+                "PostgreSQL": int((self.servers / "postgres/data/postmaster.pid").read_text().split()[0]),
+                "RabbitMQ": int((self.servers / "rabbitmq/pid").read_text()),
+            }
+            self.start("inventory", "gateway")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        for name in list(self.processes):
+            self.stop(name)
+        remove(self.directory, self.env)
+
+    def port(self, service):
+        return self.nginx_port if service == "nginx" else int(self.env[f"{service.upper()}_PORT"])
+
+    def start(self, *services, **env):
+        """Starts them as PM2 would, and waits until each is ready; returns the seconds of each."""
+        took = {}
+        for service in services:
+            app = next(app for app in self.apps if app["name"] == f"{service}_app")
+            took[service] = self.launch(service, [app["script"]], app["env"] | env, "/health/ready")
+        return took
+
+    def launch(self, name, command, env, path):
+        self.stop(name)
+        begun = time.monotonic()
+        with open(self.directory / f"{name}.log", "a") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                       preexec_fn=die_with_parent)
+        self.processes[name] = process
+        self.pids[name] = process.pid
+        while time.monotonic() < begun + 30 and process.poll() is None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection("127.0.0.1", self.port(name), timeout=5)
+                connection.request("GET", path)
+                if connection.getresponse().status == 200:
+                    return time.monotonic() - begun
+            time.sleep(0.001)
+        raise RuntimeError(f"{name} does not start:\n" + (self.directory / f"{name}.log").read_text()[-2000:])
+
+    def start_nginx(self):
+        """The same work as the gateway's: two workers, kept connections, a line of log for each request."""
+        (self.directory / "nginx.conf").write_text(f"""
+            daemon off; worker_processes 2; pid {self.directory}/nginx.pid; error_log {self.directory}/nginx-error.log;
+            {"user root;" if os.geteuid() == 0 else ""}
+            events {{ worker_connections 2048; }}
+            http {{
+              log_format line '$time_iso8601 $request_method $uri $status $request_time $body_bytes_sent $request_id $remote_addr';
+              access_log {self.directory}/nginx-access.log line;
+              client_body_temp_path {self.directory}/nginx-body; proxy_temp_path {self.directory}/nginx-proxy;
+              fastcgi_temp_path {self.directory}/nginx-1; uwsgi_temp_path {self.directory}/nginx-2; scgi_temp_path {self.directory}/nginx-3;
+              upstream inventory {{ server 127.0.0.1:{self.port("inventory")}; keepalive 192; keepalive_requests 1000000000; }}
+              server {{
+                listen 127.0.0.1:{self.nginx_port} backlog=1024; keepalive_requests 1000000000;
+                location / {{
+                  proxy_pass http://inventory; proxy_http_version 1.1; proxy_set_header Connection "";
+                  proxy_set_header X-Request-Id $request_id; proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+                  proxy_set_header X-Forwarded-Proto http; proxy_set_header X-Forwarded-Host $host;
+                  proxy_connect_timeout 1s; proxy_read_timeout 5s; proxy_send_timeout 5s;
+                }}
+              }}
+            }}""")
+        self.launch("nginx", ["nginx", "-c", self.directory / "nginx.conf"], self.env, "/health")
+
+    def stop(self, *names):
+        for name in names:
+            process = self.processes.pop(name, None)
+            if process:
+                del self.pids[name]
+                process.terminate()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    def sql(self, database, text):
+        """Runs SQL as the superuser; the rows, as tuples of texts."""
+        out = run(self.psql_command(database), self.database_env("POSTGRES_SUPERUSER"), input=text)
+        return [tuple(line.split("|")) for line in out.splitlines()]
+
+    def psql_command(self, database):
+        return [self.psql, "-XqtA", "-v", "ON_ERROR_STOP=1", "-d", self.env[f"{database}_DB_NAME"]]
+
+    def database_env(self, user):
+        password = self.env[f"{user}_PASSWORD" if user == "POSTGRES_SUPERUSER" else user.replace("USER", "PASSWORD")]
+        return {**self.env, "PGHOST": "127.0.0.1", "PGPORT": self.env["POSTGRES_PORT"], "PGUSER": self.env[user],
+                "PGPASSWORD": password}
+
+    def fill(self, rows):
+        """So many movies and no others; the indexes are made afterwards, which is faster."""
+        indexes = self.sql("INVENTORY", "select indexname, indexdef from pg_indexes where tablename = 'movies'"
+                           " and indexname <> 'movies_pkey';")
+        self.sql("INVENTORY", "truncate movies restart identity;" + "".join(f"drop index {name};" for name, _ in indexes)
+                 + f"insert into movies (title, description) select 'Movie ' || n, '{TEXT}' from generate_series(1, {rows}) n;"
+                 + "".join(f"{definition};" for _, definition in indexes) + "vacuum analyze movies; checkpoint;")
+
+    def queue(self, method, path=""):
+        """Asks RabbitMQ's management for the queue of orders."""
+        vhost, queue = (urllib.parse.quote(self.env[name], safe="") for name in ("RABBITMQ_VHOST", "RABBITMQ_QUEUE"))
+        url = f"http://127.0.0.1:{self.env['RABBITMQ_MANAGEMENT_PORT']}/api/queues/{vhost}/{queue}{path}"
+        passwords = urllib.request.HTTPPasswordMgrWithPriorAuth()
+        passwords.add_password(None, url, self.env["RABBITMQ_ADMIN_USER"], self.env["RABBITMQ_ADMIN_PASSWORD"], True)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPBasicAuthHandler(passwords))
+        return opener.open(urllib.request.Request(url, method=method), timeout=60).read()
+
+    # --- one measurement
+
+    def cost(self, parts, work):
+        """Runs a load; adds what each part spent in CPU for a request, and the memory it had at most."""
+        for log in self.directory.glob("*.log"):
+            os.truncate(log, 0)
+        own = [part for part in parts if part in ("gateway", "inventory", "billing")]
+        for part in own:
+            if part in self.pids:
+                pathlib.Path(f"/proc/{self.pids[part]}/clear_refs").write_text("5")  # VmHWM begins anew
+        before = {part: cpu(self.pids[part]) if part in self.pids else 0 for part in parts}
+        client = client_cpu()
+        peaks, ended = dict.fromkeys(set(parts) - set(own), 0), threading.Event()
+
+        def sample():
+            while not ended.wait(min(1, self.seconds / 2)):
+                for part in peaks:
+                    peaks[part] = max(peaks[part], pss(self.pids.get(part, 0)))
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        try:
+            told = work()
+        finally:
+            ended.set()
+            sampler.join()
+        done = max(1, told["requests"] - told["errors"])
+        told["rate"] = done / told["seconds"]
+        told["cpu"] = {"client": (client_cpu() - client) * 1e6 / done}
+        told["cpu"] |= {part: (cpu(self.pids[part]) - before[part]) * 1e6 / done for part in parts}
+        told["memory"] = {part: kib(self.pids[part], "status", "VmHWM") << 10 if part in own else peaks[part] for part in parts}
+        return told
+
+    def wrk(self, service, connections, kind, rows, parts):
+        threads = min(2, connections)
+        command = ["wrk", "-t", threads, "-c", connections, "-d", f"{self.seconds}s", "-s", self.directory / "wrk.lua",
+                   f"http://127.0.0.1:{self.port(service)}", "--", kind, rows, TEXT]
+        return self.cost(parts, lambda: json.loads(run(command, self.env).splitlines()[-1]))
+
+    def bench_sql(self, clients, script, rows):
+        (self.directory / "pgbench.sql").write_text(script.format(rows=rows))
+        logs = self.directory / "transactions"
+        command = [self.pgbench, "-n", "-M", "prepared", "-c", clients, "-j", min(2, clients), "-T", self.seconds,
+                   "-f", self.directory / "pgbench.sql", "-D", f"text={TEXT}", "--log", "--log-prefix", logs,
+                   "--sampling-rate", "0.1", self.env["INVENTORY_DB_NAME"]]
+
+        def work():
+            out = run(command, self.database_env("INVENTORY_DB_USER"))
+            number = lambda start: float(next(l for l in out.splitlines() if l.startswith(start)).split("=")[1].split()[0])
+            latencies = sorted(int(line.split()[2]) / MS for path in self.directory.glob("transactions.*")
+                               for line in path.read_text().splitlines())
+            for path in self.directory.glob("transactions.*"):
+                path.unlink()
+            done = int(next(l for l in out.splitlines() if "actually processed" in l).split(":")[1].split("/")[0])
+            return {"requests": done, "seconds": done / number("tps"), "errors": 0} | quantiles(latencies)
+
+        return self.cost(["PostgreSQL"], work)
+
+    def example(self, name, arguments, parts):
+        command = [RELEASE / name, *arguments]
+        return self.cost(parts, lambda: json.loads(run(command, self.env)))
+
+
+# --- small things ---------------------------------------------------------------------
+
+def run(command, env=None, input=None):
+    """Its output; what it complains of is shown when it fails."""
+    done = subprocess.run([str(word) for word in command], env=env, input=input, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def get(stack, service, path, keep=False):
+    """One GET by hand: when the first byte came, and when the last, in ms; or, kept, the connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", stack.port(service), timeout=60)
+    connection.connect()
+    begun, size = time.perf_counter(), 0
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    first = (time.perf_counter() - begun) * MS
+    while piece := answer.read(1 << 18):
+        size += len(piece)
+    if answer.status != 200:
+        raise RuntimeError(f"GET {path} answers {answer.status}")
+    if keep:
+        return connection
+    connection.close()
+    return {"first": first, "total": (time.perf_counter() - begun) * MS, "bytes": size}
+
+
+def quantiles(ordered):
+    at = lambda share: ordered[int((len(ordered) - 1) * share)] if ordered else 0
+    return {"p50": at(0.5), "p99": at(0.99), "max": at(1)}
+
+
+def client_cpu():
+    """Seconds of CPU of the load generators that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def settings():
+    """The environment, and what .env adds to it."""
+    env = {}
+    for line in pathlib.Path(os.environ.get("MATINEE_ENV_FILE", ROOT / ".env")).read_text().splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not name.startswith("#"):
+            env[name] = value
+    return env | os.environ
+
+
+def free_ports(count):
+    """Below the range from which the kernel takes ports for outgoing connections."""
+    ports = set()
+    while len(ports) < count:
+        port = random.randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            ports.add(port)
+    return sorted(ports)
+
+
+def remove(directory, env):
+    run([SERVERS, "remove", directory / "servers"], env)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_dead():
+    """What was left behind by one that was killed so hard that it could not clean up."""
+    for directory in LOCAL.glob("bench-[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"bench" in pathlib.Path(f"/proc/{directory.name[6:]}/cmdline").read_bytes():
+                continue
+        remove(directory, settings())
