@@ -15,16 +15,16 @@ chassis::metrics! {
     BOOKED: IntCounter = register_int_counter!(
         "billing_orders_booked_total", "Orders written to the table.");
     DUPLICATE: IntCounter = register_int_counter!(
-        "billing_messages_duplicate_total", "Messages whose order was booked already.");
+        "billing_messages_duplicates_total", "Messages whose order was booked already.");
     REJECTED: IntCounter = register_int_counter!(
-        "billing_messages_rejected_total", "Messages moved to the dead letters.");
+        "billing_dead_letters_total", "Messages moved to the dead letters.");
     PARKED: IntGauge = register_int_gauge!(
-        "billing_messages_parked", "Messages that wait for their way to the dead letters.");
+        "billing_dead_letters_pending", "Messages that wait for their way to the dead letters.");
     BATCH_SIZE: Histogram = register_histogram!(histogram_opts!(
         "billing_batch_size", "Messages in a batch.",
         exponential_buckets(1.0, 2.0, 11).unwrap_or_default()));
     BOOKING_SECONDS: Histogram = register_histogram!(histogram_opts!(
-        "billing_booking_seconds", "From a batch's begin to its commit.",
+        "billing_batch_duration_seconds", "From a batch's begin to its commit.",
         exponential_buckets(0.000_5, 2.0, 14).unwrap_or_default()));
     LAG: IntGauge = register_int_gauge!(
         "billing_consumer_lag_seconds", "Age of the message dealt with last, by its timestamp.");

@@ -31,7 +31,7 @@ macro_rules! metrics {
 metrics! {
     pub(crate) fn register_server;
     REQUESTS: IntCounterVec = register_int_counter_vec!(
-        "http_requests_total", "Requests answered.", &["route", "method", "class"]);
+        "http_requests_total", "Requests answered.", &["route", "method", "status_class"]);
     REQUEST_SECONDS: HistogramVec = register_histogram_vec!(histogram_opts!(
         "http_request_duration_seconds", "From the request's first byte to the answer's last.",
         vec![0.000_25, 0.001, 0.004, 0.016, 0.064, 0.25, 1.0, 4.0, 16.0]), &["route"]);
@@ -40,7 +40,7 @@ metrics! {
     EVICTED: IntCounter = register_int_counter!(
         "http_connections_evicted_total", "Waiting connections closed to make room for new ones.");
     REFUSED: IntCounter = register_int_counter!(
-        "http_connections_refused_total", "Connections answered 503 because none could make room.");
+        "http_connections_rejected_total", "Connections answered 503 because none could make room.");
     ACCEPT_ERRORS: IntCounter = register_int_counter!(
         "http_accept_errors_total", "Failed accepts, such as too many open files.");
 }

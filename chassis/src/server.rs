@@ -159,7 +159,7 @@ pub struct Limits {
 }
 
 impl Config {
-    /// Reads `<PREFIX>_HOST`, `_PORT`, `_METRICS_LISTEN`, `_HTTP_THREADS` and the
+    /// Reads `<PREFIX>_HOST`, `_PORT`, `_METRICS_LISTEN`, `_HTTP_MAX_CONNECTIONS` and the
     /// `HTTP_…` limits that all services share.
     pub fn from_env(env: &mut Env, prefix: &str) -> Config {
         let name = |suffix: &str| format!("{prefix}_{suffix}");
@@ -174,7 +174,7 @@ impl Config {
             listen,
             metrics_listen,
             limits: Limits {
-                threads: env.number(&name("HTTP_THREADS"), 256, 1..=10_000),
+                threads: env.number(&name("HTTP_MAX_CONNECTIONS"), 256, 1..=10_000),
                 header_timeout: env.millis("HTTP_HEADER_TIMEOUT_MS", 5000),
                 body_timeout: env.millis("HTTP_BODY_TIMEOUT_MS", 10_000),
                 write_timeout: env.millis("HTTP_WRITE_TIMEOUT_MS", 10_000),
@@ -182,7 +182,7 @@ impl Config {
                 max_head: 16 << 10,
                 max_headers: 100,
                 max_body: env.number("HTTP_MAX_BODY_BYTES", 256 << 10, 1..=1 << 30),
-                body_budget: env.number("HTTP_BODY_BUDGET_BYTES", 16 << 20, 1..=1 << 40),
+                body_budget: env.number("HTTP_MAX_BUFFERED_BODY_BYTES", 16 << 20, 1..=1 << 40),
             },
         }
     }

@@ -58,22 +58,22 @@ pub struct Publish {
 impl Config {
     /// Reads them all.
     pub fn from_env(env: &mut Env) -> Config {
-        let connect_timeout = env.millis("GATEWAY_FORWARD_CONNECT_TIMEOUT_MS", 1000);
-        let timeout = env.millis("GATEWAY_FORWARD_TIMEOUT_MS", 5000);
+        let connect_timeout = env.millis("GATEWAY_UPSTREAM_CONNECT_TIMEOUT_MS", 1000);
+        let timeout = env.millis("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 5000);
         Config {
             http: server::Config::from_env(env, "GATEWAY"),
             proxies: proxies(env),
             rate_limit: rate_limit(env),
             forward: Forward {
                 inventory: env.host_port("INVENTORY_HOST", "INVENTORY_PORT"),
-                max_in_flight: env.number("GATEWAY_FORWARD_MAX_IN_FLIGHT", 192, 1..=10_000),
+                max_in_flight: env.number("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 192, 1..=10_000),
                 connect_timeout,
                 timeout,
-                body_timeout: env.millis("GATEWAY_FORWARD_BODY_TIMEOUT_MS", 10_000),
+                body_timeout: env.millis("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", 10_000),
                 breaker: breaker::Settings {
-                    failures: env.number("GATEWAY_BREAKER_FAILURES", 5, 0..=10_000),
-                    pause: env.millis("GATEWAY_BREAKER_PAUSE_MS", 500),
-                    max_pause: env.millis("GATEWAY_BREAKER_MAX_PAUSE_MS", 2000),
+                    failures: env.number("GATEWAY_BREAKER_FAILURE_THRESHOLD", 5, 0..=10_000),
+                    pause: env.millis("GATEWAY_BREAKER_OPEN_MS", 500),
+                    max_pause: env.millis("GATEWAY_BREAKER_MAX_OPEN_MS", 2000),
                     // By then a request for something small has failed.
                     trial: connect_timeout + timeout,
                 },
@@ -82,7 +82,7 @@ impl Config {
                 broker: broker::Config::from_env(env, "GATEWAY"),
                 queue: env.text("RABBITMQ_QUEUE"),
                 max_in_flight: env.number("GATEWAY_PUBLISH_MAX_IN_FLIGHT", 192, 1..=10_000),
-                timeout: env.millis("GATEWAY_PUBLISH_TIMEOUT_MS", 3000),
+                timeout: env.millis("GATEWAY_PUBLISH_CONFIRM_TIMEOUT_MS", 3000),
             },
         }
     }

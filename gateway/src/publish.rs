@@ -127,7 +127,7 @@ impl Publisher {
         let mut verdict = answer.wait_until(begun + PATIENCE.min(self.timeout));
         if verdict.is_none() {
             if answer.claim() {
-                metrics::PUBLISHES.with_label_values(&["unsent"]).inc();
+                metrics::PUBLISHES.with_label_values(&["not_sent"]).inc();
                 let told = "the message broker takes orders too slowly; this one was not sent";
                 return Err(Problem::unavailable(told));
             }
@@ -472,7 +472,7 @@ impl Job {
     fn settle(self, verdict: Verdict) {
         let label = match verdict {
             Verdict::Confirmed => "confirmed",
-            Verdict::Refused => "refused",
+            Verdict::Refused => "rejected",
             Verdict::Unknown => "unknown",
         };
         metrics::PUBLISHES.with_label_values(&[label]).inc();

@@ -220,7 +220,7 @@ fn queue_purged(run: &mut Run<'_>) -> Outcome {
     small_batches(run.platform, 10);
     let platform = &*run.platform;
     let missing = || {
-        let confirmed = platform.metric("gateway", "publishes_total{outcome=\"confirmed\"}");
+        let confirmed = platform.metric("gateway", "broker_publishes_total{outcome=\"confirmed\"}");
         let dealt_with = platform.metric("billing", "billing_messages_consumed_total");
         confirmed as i64 - dealt_with as i64
     };

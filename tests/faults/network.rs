@@ -156,8 +156,8 @@ fn all_links(run: &mut Run<'_>) -> Outcome {
     let platform = &*run.platform;
     let settings = [
         ("RABBITMQ_HEARTBEAT_S", 2),
-        ("GATEWAY_PUBLISH_TIMEOUT_MS", 1000),
-        ("GATEWAY_FORWARD_TIMEOUT_MS", 2000),
+        ("GATEWAY_PUBLISH_CONFIRM_TIMEOUT_MS", 1000),
+        ("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 2000),
         ("BILLING_DB_STATEMENT_TIMEOUT_MS", 1000),
         ("INVENTORY_DB_STATEMENT_TIMEOUT_MS", 1000),
     ];

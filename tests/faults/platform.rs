@@ -17,7 +17,7 @@ use crate::load::RECOVERY;
 /// How soon a service that has ended is started anew.
 const RESTART: Duration = Duration::from_millis(20);
 
-/// The whole platform, on the servers in `MATINEE_TEST_SERVERS`, which must be this campaign's own.
+/// The whole platform, on the servers in `MATINEE_TEST_SERVERS_DIR`, which must be this campaign's own.
 pub(crate) struct Platform {
     pub(crate) stack: Stack,
     pub(crate) inventory: Supervisor,
@@ -90,7 +90,7 @@ impl Platform {
     pub(crate) fn servers(&self, command: &str, arguments: &[&str]) -> String {
         let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../provision/dev-servers"))
             .arg(command)
-            .arg(var("MATINEE_TEST_SERVERS"))
+            .arg(var("MATINEE_TEST_SERVERS_DIR"))
             .args(arguments)
             .stdin(Stdio::null())
             .output()

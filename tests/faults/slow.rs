@@ -66,10 +66,10 @@ impl Target {
         let places = |variable| var(variable).parse().unwrap();
         let (address, large, places) = match name {
             "gateway" => {
-                (address(3000), "/docs/swagger-ui-bundle.js", places("GATEWAY_HTTP_THREADS"))
+                (address(3000), "/docs/swagger-ui-bundle.js", places("GATEWAY_HTTP_MAX_CONNECTIONS"))
             }
-            "inventory" => (address(8080), "/api/movies", places("INVENTORY_HTTP_THREADS")),
-            _ => (address(8081), "/health", places("BILLING_HTTP_THREADS")),
+            "inventory" => (address(8080), "/api/movies", places("INVENTORY_HTTP_MAX_CONNECTIONS")),
+            _ => (address(8081), "/health", places("BILLING_HTTP_MAX_CONNECTIONS")),
         };
         let good = if name == "billing" { "/health" } else { "/api/movies?limit=1" };
         let threads = threads(platform.pid(name));

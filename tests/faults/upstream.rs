@@ -58,10 +58,10 @@ fn inventory_broken(run: &mut Run<'_>) -> Outcome {
     let mut settings = run.platform.stack.clone();
     let timeout = if run.control { 60_000 } else { deadline.as_millis() };
     settings
-        .set("GATEWAY_HTTP_THREADS", places)
-        .set("GATEWAY_FORWARD_MAX_IN_FLIGHT", waiting)
+        .set("GATEWAY_HTTP_MAX_CONNECTIONS", places)
+        .set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", waiting)
         .set("GATEWAY_PUBLISH_MAX_IN_FLIGHT", waiting)
-        .set("GATEWAY_FORWARD_TIMEOUT_MS", timeout)
+        .set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", timeout)
         .set("INVENTORY_PORT", STAND_IN);
     let platform = &*run.platform;
     let gateway = SocketAddr::from((address, 3000));

@@ -103,7 +103,7 @@ fn a_deadline_that_runs_is_kept_when_the_clock_jumps() {
     let clock = Clock::give_to(&mut stack);
     stack
         .set("HTTP_BODY_TIMEOUT_MS", DEADLINE.as_millis())
-        .set("GATEWAY_FORWARD_TIMEOUT_MS", DEADLINE.as_millis());
+        .set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", DEADLINE.as_millis());
     // It lets connections in and says nothing.
     let _inventory = TcpListener::bind((stack.address, 8080)).unwrap();
     let _gateway = stack.start_and_wait("gateway");

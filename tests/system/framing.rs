@@ -67,7 +67,7 @@ impl Catalogue {
         let mut stack = self.stack.clone();
         stack.set("INVENTORY_PORT", TAP);
         stack.set("RABBITMQ_HOST", stack.address);
-        stack.set("GATEWAY_FORWARD_MAX_IN_FLIGHT", 1);
+        stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 1);
         (stack.start_and_wait("gateway"), tap)
     }
 

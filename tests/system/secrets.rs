@@ -246,7 +246,7 @@ fn a_refusal_to_start_names_the_variable_and_never_its_value() {
             "billing",
             ["BILLING_DB_PORT", "RABBITMQ_HOST", "BILLING_BATCH_SIZE", "BILLING_METRICS_LISTEN"],
         ),
-        ("gateway", ["RABBITMQ_PORT", "GATEWAY_HTTP_THREADS", "GATEWAY_HOST", "INVENTORY_HOST"]),
+        ("gateway", ["RABBITMQ_PORT", "GATEWAY_HTTP_MAX_CONNECTIONS", "GATEWAY_HOST", "INVENTORY_HOST"]),
     ] {
         let mut stack = Stack::new();
         for name in names {

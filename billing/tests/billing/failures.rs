@@ -107,7 +107,7 @@ fn a_message_that_kills_the_process_is_given_up_and_takes_no_neighbour_with_it()
     refuse("PUT", serde_json::json!(0));
     let mut kills = 0;
     let metrics = format!("http://{}/metrics", shop.config().http.metrics_listen);
-    let given_up = || get(&metrics).1.contains("billing_messages_parked 1");
+    let given_up = || get(&metrics).1.contains("billing_dead_letters_pending 1");
     let mut process = loop {
         let mut process = shop.start();
         let killing =

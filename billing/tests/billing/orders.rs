@@ -245,8 +245,8 @@ fn what_became_of_the_messages_is_counted() {
         let has = |line: &str| text.lines().any(|it| it == line);
         let all = has("billing_messages_consumed_total 4")
             && has("billing_orders_booked_total 2")
-            && has("billing_messages_duplicate_total 1")
-            && has("billing_messages_rejected_total 1")
+            && has("billing_messages_duplicates_total 1")
+            && has("billing_dead_letters_total 1")
             && has("billing_consumer_connected 1")
             && text.contains("billing_batch_size_bucket")
             && text.contains("billing_booking_seconds_bucket")

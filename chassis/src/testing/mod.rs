@@ -24,7 +24,7 @@ fn unique(what: &str) -> String {
 pub fn var(name: &str) -> String {
     let value = std::env::var(name).ok();
     assert!(
-        value.is_some() && std::env::var("MATINEE_TEST_SERVERS").is_ok(),
+        value.is_some() && std::env::var("MATINEE_TEST_SERVERS_DIR").is_ok(),
         "{name} is not set: run the tests by `provision/local test cargo`, which starts the servers"
     );
     value.unwrap_or_default()

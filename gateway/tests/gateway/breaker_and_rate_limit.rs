@@ -51,8 +51,8 @@ fn said(service: &Service, what: &str) -> usize {
     })
 }
 
-fn breaker_state(stack: &Stack) -> u64 {
-    metric(stack, "breaker_state{upstream=\"inventory\"}")
+fn circuit_breaker_state(stack: &Stack) -> u64 {
+    metric(stack, "circuit_breaker_state{upstream=\"inventory\"}")
 }
 
 /// 200 requests of eight clients to an inventory that hangs up on every one, when two may
@@ -78,20 +78,20 @@ fn asked_of_a_broken_inventory(stack: &Stack) -> usize {
 #[test]
 fn an_inventory_that_fails_is_asked_less_and_not_more() {
     let (stack, service) = gateway(|stack| {
-        stack.set("GATEWAY_FORWARD_MAX_IN_FLIGHT", 2);
-        stack.set("GATEWAY_BREAKER_PAUSE_MS", 600_000);
-        stack.set("GATEWAY_BREAKER_MAX_PAUSE_MS", 600_000);
+        stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 2);
+        stack.set("GATEWAY_BREAKER_OPEN_MS", 600_000);
+        stack.set("GATEWAY_BREAKER_MAX_OPEN_MS", 600_000);
     });
     let asked = asked_of_a_broken_inventory(&stack);
     // Four have failed and two more are asked; whoever waited for a turn is refused.
     assert!((5..=6).contains(&asked), "asked {asked} times");
-    assert_eq!(breaker_state(&stack), 2);
+    assert_eq!(circuit_breaker_state(&stack), 2);
     let state = |name: &str| {
-        format!("breaker_transitions_total{{state=\"{name}\",upstream=\"inventory\"}}")
+        format!("circuit_breaker_transitions_total{{state=\"{name}\",upstream=\"inventory\"}}")
     };
     assert_eq!(metric(&stack, &state("open")), 1);
     assert_eq!(metric(&stack, &state("half_open")), 0);
-    let refused = metric(&stack, "breaker_refused_total{upstream=\"inventory\"}");
+    let refused = metric(&stack, "circuit_breaker_rejected_total{upstream=\"inventory\"}");
     assert!(refused >= 150, "only {refused} were refused by the breaker");
     assert_eq!(said(&service, "inventory fails: it is not asked for"), 1);
     // Others do not notice.
@@ -101,12 +101,12 @@ fn an_inventory_that_fails_is_asked_less_and_not_more() {
 #[test]
 fn without_the_breaker_it_is_asked_by_everybody_who_gets_a_turn() {
     let (stack, _gateway) = gateway(|stack| {
-        stack.set("GATEWAY_FORWARD_MAX_IN_FLIGHT", 2);
-        stack.set("GATEWAY_BREAKER_FAILURES", 0);
+        stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 2);
+        stack.set("GATEWAY_BREAKER_FAILURE_THRESHOLD", 0);
     });
     let asked = asked_of_a_broken_inventory(&stack);
     assert!(asked > 100, "asked {asked} times: the test above proves nothing");
-    assert_eq!(breaker_state(&stack), 0);
+    assert_eq!(circuit_breaker_state(&stack), 0);
 }
 
 /// How the inventory of a test behaves at the moment.
@@ -138,16 +138,16 @@ fn moody(stack: &Stack) -> (Upstream, Arc<AtomicU8>) {
 fn open_the_breaker(stack: &Stack) {
     eventually("the breaker opens", 20, || {
         raw(stack.address, POST);
-        (breaker_state(stack) == 2).then_some(())
+        (circuit_breaker_state(stack) == 2).then_some(())
     });
 }
 
 #[test]
 fn one_request_tries_whether_inventory_is_back_and_its_answer_lets_all_in() {
     let (stack, service) = gateway(|stack| {
-        stack.set("GATEWAY_FORWARD_TIMEOUT_MS", 60_000);
-        stack.set("GATEWAY_BREAKER_PAUSE_MS", 100);
-        stack.set("GATEWAY_BREAKER_MAX_PAUSE_MS", 200);
+        stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 60_000);
+        stack.set("GATEWAY_BREAKER_OPEN_MS", 100);
+        stack.set("GATEWAY_BREAKER_MAX_OPEN_MS", 200);
     });
     let (upstream, mood) = moody(&stack);
     open_the_breaker(&stack);
@@ -162,7 +162,7 @@ fn one_request_tries_whether_inventory_is_back_and_its_answer_lets_all_in() {
         eventually("inventory sees the trial", 20, || {
             (upstream.seen().len() > before).then_some(())
         });
-        assert_eq!(breaker_state(&stack), 1);
+        assert_eq!(circuit_breaker_state(&stack), 1);
         for _ in 0..10 {
             let refused = raw(stack.address, GET);
             assert_eq!(status_of(&refused), "503", "{refused}");
@@ -172,7 +172,7 @@ fn one_request_tries_whether_inventory_is_back_and_its_answer_lets_all_in() {
         mood.store(WORKS, Ordering::SeqCst);
         trial.join().unwrap();
     });
-    assert_eq!(breaker_state(&stack), 0);
+    assert_eq!(circuit_breaker_state(&stack), 0);
     for request in [GET, POST] {
         assert_eq!(status_of(&raw(stack.address, request)), "200");
     }
@@ -182,8 +182,8 @@ fn one_request_tries_whether_inventory_is_back_and_its_answer_lets_all_in() {
 #[test]
 fn a_trial_whose_client_goes_away_does_not_keep_the_others_out() {
     let (stack, _gateway) = gateway(|stack| {
-        stack.set("GATEWAY_BREAKER_PAUSE_MS", 100);
-        stack.set("GATEWAY_BREAKER_MAX_PAUSE_MS", 200);
+        stack.set("GATEWAY_BREAKER_OPEN_MS", 100);
+        stack.set("GATEWAY_BREAKER_MAX_OPEN_MS", 200);
     });
     let (upstream, mood) = moody(&stack);
     open_the_breaker(&stack);
@@ -198,7 +198,7 @@ fn a_trial_whose_client_goes_away_does_not_keep_the_others_out() {
         (upstream.seen().len() > before).then_some(client)
     });
     drop(client);
-    eventually("the trial has failed", 20, || (breaker_state(&stack) == 2).then_some(()));
+    eventually("the trial has failed", 20, || (circuit_breaker_state(&stack) == 2).then_some(()));
     mood.store(WORKS, Ordering::SeqCst);
     eventually("others are let in", 20, || {
         Some(raw(stack.address, GET)).filter(|answer| status_of(answer) == "200")
@@ -226,7 +226,7 @@ fn what_inventory_answers_opens_nothing_however_bad_it_is() {
         assert_eq!(status_of(&answer), "400", "{answer}");
     }
     assert_eq!(upstream.seen().len(), asked);
-    assert_eq!(breaker_state(&stack), 0);
+    assert_eq!(circuit_breaker_state(&stack), 0);
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn while_inventory_is_stopped_all_are_answered_and_afterwards_all_is_well() {
     let mut stack = Stack::new();
     stack.set("INVENTORY_DB_NAME", &movies.name);
     stack.set("RABBITMQ_HOST", stack.address);
-    stack.set("GATEWAY_FORWARD_TIMEOUT_MS", 1000);
+    stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 1000);
     let [inventory, _gateway] = ["inventory", "gateway"].map(|name| stack.start_and_wait(name));
     assert_eq!(status_of(&raw(stack.address, GET)), "200");
     let ending = AtomicBool::new(false);
@@ -254,12 +254,12 @@ fn while_inventory_is_stopped_all_are_answered_and_afterwards_all_is_well() {
         // Whatever happens in here, the clients must end.
         let end = End(&ending);
         inventory.signal("STOP");
-        eventually("the breaker opens", 20, || (breaker_state(&stack) == 2).then_some(()));
+        eventually("the breaker opens", 20, || (circuit_breaker_state(&stack) == 2).then_some(()));
         assert_eq!(status_of(&raw(stack.address, HEALTH)), "200");
         let order = "POST /api/billing HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n{}";
         assert_eq!(status_of(&raw(stack.address, order)), "422");
         inventory.signal("CONT");
-        eventually("the breaker closes", 20, || (breaker_state(&stack) == 0).then_some(()));
+        eventually("the breaker closes", 20, || (circuit_breaker_state(&stack) == 0).then_some(()));
         drop(end);
     });
     eventually("movies are served again", 20, || {
@@ -309,7 +309,7 @@ fn an_address_that_asks_too_often_is_told_so_and_the_others_do_not_notice() {
         }
     });
     assert_eq!(upstream.seen().len(), 3 + 17, "inventory was asked by those who were refused");
-    assert_eq!(metric(&stack, "rate_limited_total"), 50);
+    assert_eq!(metric(&stack, "http_requests_rate_limited_total"), 50);
     // What a route refuses is counted and told as well.
     let wrong = "GET /nowhere HTTP/1.1\r\nHost: h\r\n\r\n";
     let answer = raw_from([127, 0, 0, 20], &stack, wrong);

@@ -75,8 +75,8 @@ pub(crate) fn gateway(adjust: impl Fn(&mut Stack)) -> (Stack, Service) {
     let mut stack = Stack::new();
     // Nobody is there: these tests need no broker.
     stack.set("RABBITMQ_HOST", stack.address);
-    stack.set("GATEWAY_FORWARD_TIMEOUT_MS", 500);
-    stack.set("GATEWAY_FORWARD_BODY_TIMEOUT_MS", 500);
+    stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 500);
+    stack.set("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", 500);
     adjust(&mut stack);
     let service = stack.start_and_wait("gateway");
     (stack, service)
@@ -179,7 +179,7 @@ fn bodies_on_get_and_delete_are_passed_on_too() {
 fn an_inventory_that_is_away_late_or_mad_is_a_problem_of_its_own_kind() {
     // Each case must reach it, however many have failed before.
     let (stack, _gateway) = gateway(|stack| {
-        stack.set("GATEWAY_BREAKER_FAILURES", 0);
+        stack.set("GATEWAY_BREAKER_FAILURE_THRESHOLD", 0);
     });
     let get = |path: &str| raw(stack.address, &format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n"));
     assert_eq!(status_of(&get("/api/movies")), "503", "nobody listens");
@@ -244,9 +244,9 @@ fn a_get_whose_connection_died_is_asked_once_more_and_a_post_never() {
 #[test]
 fn a_slow_inventory_does_not_take_the_threads_that_others_need() {
     let (stack, _gateway) = gateway(|stack| {
-        stack.set("GATEWAY_FORWARD_TIMEOUT_MS", 30_000);
-        stack.set("GATEWAY_FORWARD_MAX_IN_FLIGHT", 4);
-        stack.set("GATEWAY_HTTP_THREADS", 8);
+        stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 30_000);
+        stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 4);
+        stack.set("GATEWAY_HTTP_MAX_CONNECTIONS", 8);
     });
     let upstream = Upstream::start(&stack, |stream, _| {
         let _ = stream.read(&mut [0]);
@@ -274,7 +274,7 @@ fn a_slow_inventory_does_not_take_the_threads_that_others_need() {
 fn what_a_burst_opens_to_inventory_is_closed_again() {
     const BURST: usize = 150;
     let (stack, gateway) = gateway(|stack| {
-        stack.set("GATEWAY_FORWARD_TIMEOUT_MS", 30_000);
+        stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 30_000);
     });
     let descriptors =
         || std::fs::read_dir(format!("/proc/{}/fd", gateway.child.id())).unwrap().count();
@@ -299,7 +299,7 @@ fn what_a_burst_opens_to_inventory_is_closed_again() {
 fn a_large_answer_streams_through_and_one_that_breaks_off_stays_broken() {
     const SIZE: usize = 40 << 20;
     let (stack, gateway) = gateway(|stack| {
-        stack.set("GATEWAY_FORWARD_BODY_TIMEOUT_MS", 30_000);
+        stack.set("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", 30_000);
     });
     Upstream::start(&stack, |stream, request| {
         let torn = request.contains("torn");

@@ -300,7 +300,7 @@ fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
         ("RABBITMQ_HOST", &proxy.address.ip().to_string()),
         ("RABBITMQ_PORT", &proxy.address.port().to_string()),
         ("GATEWAY_PUBLISH_MAX_IN_FLIGHT", "1"),
-        ("GATEWAY_PUBLISH_TIMEOUT_MS", "20000"),
+        ("GATEWAY_PUBLISH_CONFIRM_TIMEOUT_MS", "20000"),
     ]);
     let url = stack.url("/api/billing");
     let order = move |user: &str| {

@@ -23,7 +23,7 @@ const LIMITS: Limits = Limits {
 
 /// The control: with this variable set the reader takes `Content-Length: +3` for 3,
 /// and that must be found out.
-static BROKEN: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FUZZ_BROKEN").is_some());
+static BROKEN: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FUZZ_MUTANT").is_some());
 
 /// Panics where the reader's reading of `stream` could be disputed.
 pub fn check(stream: &[u8]) {
