@@ -35,23 +35,24 @@ impl Books {
         let mut backoff = Backoff::default();
         let mut again = false;
         loop {
-            let err = match self.open().and_then(|(db, store)| db.within(|| work(store, again))) {
-                Ok(done) => {
-                    if !self.waiting.is_empty() {
-                        log::info!("the database works again");
-                        self.waiting.clear();
+            let err =
+                match self.open().and_then(|(db, store)| db.with_deadline(|| work(store, again))) {
+                    Ok(done) => {
+                        if !self.waiting.is_empty() {
+                            log::info!("the database works again");
+                            self.waiting.clear();
+                        }
+                        return Ok(done);
                     }
-                    return Ok(done);
-                }
-                Err(err) => err,
-            };
+                    Err(err) => err,
+                };
             match err.downcast_ref::<postgres::Error>() {
                 Some(cause) if !store::is_data_error(cause) => {
                     let reason = store::reason(cause);
                     // One line a reason, not one an attempt.
                     if self.waiting != reason {
                         // What no waiting mends, somebody has to.
-                        let level = match db::is_passing(cause) {
+                        let level = match db::is_transient(cause) {
                             true => log::Level::Warn,
                             false => log::Level::Error,
                         };
@@ -63,7 +64,7 @@ impl Books {
             }
             self.store = None;
             again = true;
-            if self.stop.wait(backoff.pause()) {
+            if self.stop.sleep(backoff.next_delay()) {
                 bail!("stopped while waiting for the database");
             }
         }
@@ -72,7 +73,7 @@ impl Books {
     /// Does what may be left undone.
     pub fn try_once(&mut self, work: impl FnOnce(&mut Store) -> Result<(), postgres::Error>) {
         if let Some(store) = &mut self.store
-            && let Err(err) = self.config.within(|| work(store))
+            && let Err(err) = self.config.with_deadline(|| work(store))
         {
             log::debug!("left undone: {}", store::reason(&err));
             self.store = None;

@@ -34,7 +34,7 @@ impl Config {
             http: server::Config::from_env(&mut env, "BILLING"),
             db: db::Config::from_env(&mut env, "BILLING"),
             broker: broker::Config::from_env(&mut env, "BILLING"),
-            queue: env.text("RABBITMQ_QUEUE"),
+            queue: env.required("RABBITMQ_QUEUE"),
             // The broker takes a prefetch of some batches, a 16-bit number.
             batch_size: env.number("BILLING_BATCH_SIZE", 500, 1..=10_000),
             batch_wait: env.millis("BILLING_BATCH_WAIT_MS", 5),

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use amiquip::{Channel, ConsumerMessage, ConsumerOptions, Delivery};
 use anyhow::bail;
 use chassis::Stop;
-use chassis::broker::{Backoff, Leash};
+use chassis::broker::{Backoff, SocketDeadline};
 use crossbeam_channel::Receiver;
 use uuid::Uuid;
 
@@ -60,21 +60,21 @@ pub fn run(config: &Config, stop: &Stop, consuming: &AtomicBool) {
         backoff: Backoff::default(),
     };
     let mut told = String::new();
-    while !stop.raised() {
+    while !stop.is_requested() {
         let ended = consumer.connect(consuming);
         if consuming.swap(false, Ordering::SeqCst) {
             told.clear();
         }
         metrics::CONNECTED.set(0);
         if let Err(err) = ended
-            && !stop.raised()
+            && !stop.is_requested()
         {
             // One line a reason, not one an attempt.
             let reason = format!("{err:#}");
             let level = if told == reason { log::Level::Debug } else { log::Level::Warn };
             log::log!(level, "not consuming {}, trying until it works: {reason}", config.queue);
             told = reason;
-            stop.wait(consumer.backoff.pause());
+            stop.sleep(consumer.backoff.next_delay());
         }
     }
 }
@@ -93,15 +93,15 @@ impl Consumer<'_> {
     fn connect(&mut self, consuming: &AtomicBool) -> anyhow::Result<()> {
         let (mut connection, leash) = self.config.broker.connect("billing consumer")?;
         let ended = leash
-            .within(CALL_TIMEOUT, || connection.open_channel(None))
+            .with_deadline(CALL_TIMEOUT, || connection.open_channel(None))
             .map_err(anyhow::Error::from)
             .and_then(|channel| {
                 let ended = self.consume(&channel, &leash, consuming);
-                leash.within(CALL_TIMEOUT, || drop(channel));
+                leash.with_deadline(CALL_TIMEOUT, || drop(channel));
                 ended
             });
         // Every call into the library may hang, also those that a drop makes.
-        leash.within(CALL_TIMEOUT, || {
+        leash.with_deadline(CALL_TIMEOUT, || {
             let _ = connection.close();
         });
         ended
@@ -110,12 +110,12 @@ impl Consumer<'_> {
     fn consume(
         &mut self,
         channel: &Channel,
-        leash: &Leash,
+        leash: &SocketDeadline,
         consuming: &AtomicBool,
     ) -> anyhow::Result<()> {
         let queue = self.config.queue.as_str();
         let prefetch = u16::try_from(self.config.batch_size * PREFETCHED).unwrap_or(u16::MAX);
-        let consumer = leash.within(CALL_TIMEOUT, || {
+        let consumer = leash.with_deadline(CALL_TIMEOUT, || {
             channel.queue_declare(queue, durable())?;
             channel.queue_declare(self.config.dead_queue(), durable())?;
             channel.qos(0, prefetch, false)?;
@@ -135,7 +135,7 @@ impl Consumer<'_> {
             done: Done::default(),
         }
         .run();
-        leash.within(CALL_TIMEOUT, || drop(consumer));
+        leash.with_deadline(CALL_TIMEOUT, || drop(consumer));
         ended
     }
 }
@@ -144,23 +144,23 @@ impl Consumer<'_> {
 #[derive(Clone, Copy)]
 struct Line<'a> {
     channel: &'a Channel,
-    leash: &'a Leash,
+    leash: &'a SocketDeadline,
     prefetch: u16,
 }
 
 impl Line<'_> {
     fn ack(self, delivery: Delivery) -> anyhow::Result<()> {
-        Ok(self.leash.within(CALL_TIMEOUT, || delivery.ack(self.channel))?)
+        Ok(self.leash.with_deadline(CALL_TIMEOUT, || delivery.ack(self.channel))?)
     }
 
     fn ack_multiple(self, last: Delivery) -> anyhow::Result<()> {
-        Ok(self.leash.within(CALL_TIMEOUT, || last.ack_multiple(self.channel))?)
+        Ok(self.leash.with_deadline(CALL_TIMEOUT, || last.ack_multiple(self.channel))?)
     }
 
     /// A question whose answer proves that the broker has seen what we sent, and
     /// that what it delivered to us was still ours.
     fn prove(self) -> anyhow::Result<()> {
-        Ok(self.leash.within(CALL_TIMEOUT, || self.channel.qos(0, self.prefetch, false))?)
+        Ok(self.leash.with_deadline(CALL_TIMEOUT, || self.channel.qos(0, self.prefetch, false))?)
     }
 }
 
@@ -256,7 +256,7 @@ impl Session<'_, '_> {
     }
 
     fn work(&mut self) -> anyhow::Result<()> {
-        while !self.consumer.stop.raised() {
+        while !self.consumer.stop.is_requested() {
             let mut wait = Duration::ZERO;
             if self.parked.len() < self.consumer.config.batch_size {
                 let batch = self.take()?;
@@ -271,7 +271,7 @@ impl Session<'_, '_> {
                 }
             } else {
                 // The dead letters cannot be written, and no more may pile up here.
-                self.consumer.stop.wait(TICK);
+                self.consumer.stop.sleep(TICK);
             }
             self.bury(wait);
             self.acknowledge()?;
@@ -519,7 +519,7 @@ impl Session<'_, '_> {
             self.line.ack_multiple(last)?;
         }
         let doubtful = !(batches.is_empty() && doubts.is_empty() && attempted.is_empty());
-        let soon = self.consumer.grave.under_way() > 0 && !self.consumer.stop.raised();
+        let soon = self.consumer.grave.under_way() > 0 && !self.consumer.stop.is_requested();
         if soon && !doubtful && after.len() < HELD * self.consumer.config.batch_size {
             self.done.deliveries = after;
             return Ok(());

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use amiquip::{AmqpProperties, AmqpValue, Channel, Connection, Delivery, FieldTable, Get};
 use anyhow::{Context, ensure};
-use chassis::broker::{self, Backoff, Leash};
+use chassis::broker::{self, Backoff, SocketDeadline};
 use chassis::env::Env;
 use serde::Serialize;
 use uuid::Uuid;
@@ -109,7 +109,7 @@ impl Grave {
         let level = if self.due.is_none() { log::Level::Warn } else { log::Level::Debug };
         log::log!(level, "dead letters wait until they can be written: {err:#}");
         self.publisher = None;
-        self.due = Some(Instant::now() + self.backoff.pause());
+        self.due = Some(Instant::now() + self.backoff.next_delay());
     }
 }
 
@@ -268,7 +268,7 @@ struct Line<'a> {
 /// The queue of dead letters as seen by the command: what it gets and does not
 /// acknowledge is back in its place when the connection ends.
 struct DeadQueue {
-    leash: Leash,
+    leash: SocketDeadline,
     channel: Channel,
     name: String,
     /// Messages that were there at the begin; later ones are not ours.
@@ -280,7 +280,7 @@ impl DeadQueue {
     fn open(config: &Config) -> anyhow::Result<DeadQueue> {
         let (mut connection, leash) = config.broker.connect("billing dead-letters")?;
         let name = config.dead_queue();
-        let (channel, count) = leash.within(CALL_TIMEOUT, || {
+        let (channel, count) = leash.with_deadline(CALL_TIMEOUT, || {
             let channel = connection.open_channel(None)?;
             let declared = channel.queue_declare(name.as_str(), durable())?;
             let count = declared.declared_message_count().unwrap_or_default() as usize;
@@ -290,7 +290,8 @@ impl DeadQueue {
     }
 
     fn next(&self) -> anyhow::Result<Option<Get>> {
-        let got = self.leash.within(CALL_TIMEOUT, || self.channel.basic_get(&*self.name, false));
+        let got =
+            self.leash.with_deadline(CALL_TIMEOUT, || self.channel.basic_get(&*self.name, false));
         got.context("the dead letters cannot be read")
     }
 
@@ -369,10 +370,10 @@ impl DeadQueue {
             publisher.send(originals().map(letter).collect())?;
         }
         for (delivery, _) in found.drain(..) {
-            self.leash.within(CALL_TIMEOUT, || delivery.ack(&self.channel))?;
+            self.leash.with_deadline(CALL_TIMEOUT, || delivery.ack(&self.channel))?;
         }
         // Its answer proves that the broker has seen the acknowledgements.
-        self.leash.within(CALL_TIMEOUT, || self.channel.qos(0, 0, false))?;
+        self.leash.with_deadline(CALL_TIMEOUT, || self.channel.qos(0, 0, false))?;
         Ok(())
     }
 }

@@ -21,7 +21,7 @@ pub fn run(config: &Config, stop: &Stop) {
             Ok(forgotten) => log::info!("{forgotten} old message ids forgotten"),
             Err(err) => log::warn!("old message ids stay for another hour: {err}"),
         }
-        if stop.wait(PAUSE) {
+        if stop.sleep(PAUSE) {
             return;
         }
     }
@@ -31,10 +31,10 @@ pub fn run(config: &Config, stop: &Stop) {
 pub fn round(config: &Config, stop: &Stop) -> Result<u64, postgres::Error> {
     let mut store = Store::open(&config.db)?;
     let days = config.message_id_retention_days;
-    config.db.within(|| store.forget_crashes(days))?;
+    config.db.with_deadline(|| store.forget_crashes(days))?;
     let mut forgotten = 0;
-    while !stop.raised() {
-        let some = config.db.within(|| store.forget_message_ids(days, CHUNK))?;
+    while !stop.is_requested() {
+        let some = config.db.with_deadline(|| store.forget_message_ids(days, CHUNK))?;
         forgotten += some;
         if some == 0 {
             break;

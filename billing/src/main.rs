@@ -44,7 +44,7 @@ fn serve() -> anyhow::Result<()> {
     let mut config = Config::from_env(Env::load())?;
     let _log = logging::init(config.log_level, env!("CARGO_CRATE_NAME"))?;
     // Beside its clients: the database, and the broker for consuming and publishing.
-    config.http.fit_descriptors(1, 8);
+    config.http.clamp_to_fd_limit(1, 8);
     metrics::register();
     let stop = Stop::on_signals()?;
     let consuming = Arc::new(AtomicBool::new(false));
@@ -52,10 +52,10 @@ fn serve() -> anyhow::Result<()> {
     end_in_time(&stop)?;
 
     thread::scope(|scope| {
-        stop.spawn(scope, "consumer", || consume::run(&config, &stop, &consuming))?;
-        stop.spawn(scope, "forget", || forget::run(&config, &stop))?;
+        stop.spawn_critical(scope, "consumer", || consume::run(&config, &stop, &consuming))?;
+        stop.spawn_critical(scope, "forget", || forget::run(&config, &stop))?;
         let served = server::run(&config.http, &stop, move |request| routes::handle(&app, request));
-        stop.raise();
+        stop.request();
         served
     })
 }
@@ -63,7 +63,7 @@ fn serve() -> anyhow::Result<()> {
 fn end_in_time(stop: &Stop) -> anyhow::Result<()> {
     let stop = stop.clone();
     thread::Builder::new().name("stop-limit".into()).spawn(move || {
-        while !stop.wait(Duration::from_secs(3600)) {}
+        while !stop.sleep(Duration::from_secs(3600)) {}
         thread::sleep(STOP_LIMIT);
         log::warn!("stopped in the middle of a batch: it will be delivered again");
         log::logger().flush();

@@ -5,7 +5,7 @@ use prometheus::{
     register_int_counter, register_int_gauge,
 };
 
-chassis::metrics! {
+chassis::define_metrics! {
     /// Registers all of them.
     pub fn register;
     CONNECTED: IntGauge = register_int_gauge!(

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use chassis::value;
+use chassis::decimal;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
@@ -83,7 +83,7 @@ impl Order {
 /// The text of a string, or a number as it is spelled.
 fn text_of(field: &str, value: Option<&RawValue>) -> Result<String, Refused> {
     let value = value.ok_or_else(|| Refused(format!("{field} is required")))?;
-    value::spelled(value).map_err(|rule| Refused(format!("{field} {rule}")))
+    decimal::string_or_number(value).map_err(|rule| Refused(format!("{field} {rule}")))
 }
 
 fn user_id(text: String) -> Result<String, Refused> {
@@ -104,7 +104,7 @@ fn number_of_items(text: &str) -> Result<i32, Refused> {
 }
 
 fn total_cents(text: &str) -> Result<i64, Refused> {
-    value::hundredths(text).filter(|cents| *cents <= TOTAL_AMOUNT_MAX).ok_or_else(|| {
+    decimal::parse_cents(text).filter(|cents| *cents <= TOTAL_AMOUNT_MAX).ok_or_else(|| {
         let rule = "must be from 0 to 999999999999.99, with at most two decimals";
         Refused(format!("total_amount {rule}"))
     })

@@ -10,7 +10,7 @@ use amiquip::{
     Return,
 };
 use anyhow::{bail, ensure};
-use chassis::broker::{self, Leash};
+use chassis::broker::{self, SocketDeadline};
 use crossbeam_channel::Receiver;
 
 /// How long the broker may take for one answer, or confirm nothing.
@@ -27,7 +27,7 @@ pub struct Letter<'a> {
 /// A confirmed channel. After an error it is of no more use.
 pub struct Publisher {
     // First, so that it is dropped first and the rest does not hang on a dead socket.
-    leash: Leash,
+    leash: SocketDeadline,
     channel: Channel,
     confirms: Receiver<Confirm>,
     returns: Receiver<Return>,
@@ -44,7 +44,7 @@ impl Publisher {
     /// Connects and declares the queue.
     pub fn connect(config: &broker::Config, queue: &str) -> anyhow::Result<Publisher> {
         let (mut connection, leash) = config.connect("billing publisher")?;
-        let (channel, confirms, returns) = leash.within(CALL_TIMEOUT, || {
+        let (channel, confirms, returns) = leash.with_deadline(CALL_TIMEOUT, || {
             let channel = connection.open_channel(None)?;
             channel.queue_declare(queue, durable())?;
             let confirms = channel.listen_for_publisher_confirms()?;
@@ -86,7 +86,7 @@ impl Publisher {
             self.heard = Instant::now();
         }
         self.under_way += letters.len();
-        self.leash.within(CALL_TIMEOUT, || {
+        self.leash.with_deadline(CALL_TIMEOUT, || {
             for Letter { body, properties } in letters {
                 let routing_key = self.queue.clone();
                 let letter =

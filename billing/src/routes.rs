@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use chassis::health::{self, Probe};
-use chassis::http::{Answer, Route, dispatch, route};
+use chassis::router::{Route, RoutedResponse, dispatch, route};
 use rouille::Request;
 
 use crate::config::Config;
@@ -17,8 +17,8 @@ pub struct App {
 }
 
 const ROUTES: &[Route<App>] = &[
-    route("GET", "/health", |_, _, _| Ok(health::live())),
-    route("GET", "/health/ready", |app, _, _| Ok(health::ready(&app.probes))),
+    route("GET", "/health", |_, _, _| Ok(health::liveness())),
+    route("GET", "/health/ready", |app, _, _| Ok(health::readiness(&app.probes))),
 ];
 
 impl App {
@@ -31,7 +31,7 @@ impl App {
                 Some(client) => client,
                 None => db.connect().map_err(|_| "no connection")?,
             };
-            let writable = db.within(|| store::is_ready(&mut client));
+            let writable = db.with_deadline(|| store::is_ready(&mut client));
             let writable = writable.map_err(|_| "the tables cannot be read")?;
             *kept = Some(client);
             if writable { Ok(()) } else { Err("the database is read-only".to_owned()) }
@@ -45,6 +45,6 @@ impl App {
 }
 
 /// Answers a request.
-pub fn handle(app: &App, request: &Request) -> Answer {
+pub fn handle(app: &App, request: &Request) -> RoutedResponse {
     dispatch(ROUTES, app, request)
 }

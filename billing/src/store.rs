@@ -49,10 +49,10 @@ impl Store {
         let mut client = config.connect()?;
         // A batch behind somebody's lock comes up for air, to see whether it is
         // time to stop, and tries again.
-        config.within(|| client.batch_execute("set lock_timeout = '3s'"))?;
+        config.with_deadline(|| client.batch_execute("set lock_timeout = '3s'"))?;
         // Ids in one order, so that two processes with the same messages cannot
         // deadlock; orders in the order posted.
-        let book = config.within(|| {
+        let book = config.with_deadline(|| {
             client.prepare(
                 "with input as (
                  select n, message_id, user_id, number_of_items, cents * 0.01 as total_amount,

@@ -17,39 +17,39 @@ use r2d2::{ManageConnection, PooledConnection};
 
 use crate::env::{Env, Secret};
 use crate::metrics;
-use crate::turns::{Turn, Turns};
+use crate::semaphore::{FairSemaphore, SemaphorePermit};
 
 /// How long a connection may have been idle and still be trusted unasked.
-const TRUSTED_IDLE: Duration = Duration::from_secs(1);
+const VALIDATE_AFTER_IDLE: Duration = Duration::from_secs(1);
 
 /// A TCP connect, and the question whether a connection lives, may take so long.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A peer that acknowledges nothing for so long is given up.
-const SILENCE: Duration = Duration::from_secs(10);
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The server is asked for a sign of life after so much silence, then again and again until
-/// [`SILENCE`] is over: an answer may get lost when the question had been received.
+/// [`TCP_USER_TIMEOUT`] is over: an answer may get lost when the question had been received.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Beyond the server's own limit for a statement: then [`within`] gives up. Longer than
-/// [`SILENCE`], so that a peer that is cut off is found by TCP, which costs one connection
+/// Beyond the server's own limit for a statement: then [`with_deadline`] gives up. Longer than
+/// [`TCP_USER_TIMEOUT`], so that a peer that is cut off is found by TCP, which costs one connection
 /// and not the process.
-const GRACE: Duration = Duration::from_secs(12);
+const DEADLINE_MARGIN: Duration = Duration::from_secs(12);
 
 /// How often the deadlines are looked at.
-const TICK: Duration = Duration::from_millis(500);
+const WATCHDOG_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Where a service's database is and how it is used.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Who asks, as `pg_stat_activity` shows it.
-    pub application: String,
+    pub application_name: String,
     /// Server address.
     pub address: SocketAddr,
     /// Database name.
-    pub name: String,
+    pub database: String,
     /// Login role.
     pub user: String,
     /// Its password.
@@ -68,10 +68,10 @@ impl Config {
     pub fn from_env(env: &mut Env, prefix: &str) -> Config {
         let name = |suffix: &str| format!("{prefix}_DB_{suffix}");
         Config {
-            application: prefix.to_lowercase(),
+            application_name: prefix.to_lowercase(),
             address: env.host_port(&name("HOST"), &name("PORT")),
-            name: env.text(&name("NAME")),
-            user: env.text(&name("USER")),
+            database: env.required(&name("NAME")),
+            user: env.required(&name("USER")),
             password: env.secret(&name("PASSWORD")),
             pool_size: env.number(&name("POOL_SIZE"), 8, 1..=1000),
             pool_timeout: env.millis(&name("POOL_TIMEOUT_MS"), 1000),
@@ -87,12 +87,12 @@ impl Config {
         config
             .host(&self.address.ip().to_string())
             .port(self.address.port())
-            .dbname(&self.name)
+            .dbname(&self.database)
             .user(&self.user)
             .password(self.password.expose())
-            .application_name(&self.application)
+            .application_name(&self.application_name)
             .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_user_timeout(SILENCE)
+            .tcp_user_timeout(TCP_USER_TIMEOUT)
             .keepalives_idle(KEEPALIVE_IDLE)
             .keepalives_interval(KEEPALIVE_INTERVAL)
             .keepalives_retries(3)
@@ -103,15 +103,15 @@ impl Config {
                  -c idle_in_transaction_session_timeout={silence} \
                  -c tcp_keepalives_idle={idle} -c tcp_keepalives_interval={interval} \
                  -c tcp_keepalives_count=3 -c tcp_user_timeout={silence}",
-                silence = SILENCE.as_millis(),
+                silence = TCP_USER_TIMEOUT.as_millis(),
             ));
         // A server that accepts and says nothing is not noticed by the connect timeout.
-        within(GRACE, || config.connect(NoTls))
+        with_deadline(DEADLINE_MARGIN, || config.connect(NoTls))
     }
 
     /// Runs `work`, a short piece of work at the server, under this database's deadline.
-    pub fn within<T>(&self, work: impl FnOnce() -> T) -> T {
-        within(self.statement_timeout + GRACE, work)
+    pub fn with_deadline<T>(&self, work: impl FnOnce() -> T) -> T {
+        with_deadline(self.statement_timeout + DEADLINE_MARGIN, work)
     }
 }
 
@@ -120,12 +120,12 @@ impl Config {
 /// The server ends what takes too long, and TCP finds a peer that is gone; what is left is one
 /// whose kernel answers and that itself never does. `postgres` shows nobody its socket, so
 /// nothing can cut it under the call, and the thread and its connection would be lost for ever.
-fn within<T>(limit: Duration, call: impl FnOnce() -> T) -> T {
+fn with_deadline<T>(limit: Duration, call: impl FnOnce() -> T) -> T {
     static WATCH: Once = Once::new();
     WATCH.call_once(|| {
         let watch = || {
             loop {
-                thread::sleep(TICK);
+                thread::sleep(WATCHDOG_INTERVAL);
                 let now = Instant::now();
                 if deadlines().iter().any(|(_, deadline)| *deadline < now) {
                     log::error!("the database does not answer: ending, to begin anew");
@@ -139,14 +139,14 @@ fn within<T>(limit: Duration, call: impl FnOnce() -> T) -> T {
         }
     });
     /// Also when `call` panics.
-    struct Mark(u64);
-    impl Drop for Mark {
+    struct DeadlineGuard(u64);
+    impl Drop for DeadlineGuard {
         fn drop(&mut self) {
             deadlines().retain(|(mark, _)| *mark != self.0);
         }
     }
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let mark = Mark(NEXT.fetch_add(1, Ordering::Relaxed));
+    static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+    let mark = DeadlineGuard(NEXT_ID.fetch_add(1, Ordering::Relaxed));
     deadlines().push((mark.0, Instant::now() + limit));
     call()
 }
@@ -186,12 +186,12 @@ impl StdError for Error {
 
 impl From<postgres::Error> for Error {
     fn from(err: postgres::Error) -> Error {
-        if is_passing(&err) { Error::Unavailable(Box::new(err)) } else { Error::Failed(err) }
+        if is_transient(&err) { Error::Unavailable(Box::new(err)) } else { Error::Failed(err) }
     }
 }
 
 /// Whether the connection, not the statement, is to blame.
-fn is_disconnect(err: &postgres::Error) -> bool {
+fn is_connection_lost(err: &postgres::Error) -> bool {
     match err.code() {
         // 57P01 to 57P05: shut down by an administrator, a crash or a start-up.
         Some(state) => state.code().starts_with("57P") || state.code().starts_with("08"),
@@ -203,8 +203,8 @@ fn is_disconnect(err: &postgres::Error) -> bool {
 /// Whether the same statement may well succeed later. By SQLSTATE class, see
 /// PostgreSQL's appendix "Error Codes": 53 resources, 57 operator, 58 system,
 /// 40 rollback by a conflict, 55 object in use; 25006 is a read-only server.
-pub fn is_passing(err: &postgres::Error) -> bool {
-    is_disconnect(err)
+pub fn is_transient(err: &postgres::Error) -> bool {
+    is_connection_lost(err)
         || err.code().is_some_and(|state| {
             *state == SqlState::READ_ONLY_SQL_TRANSACTION
                 || ["53", "57", "58", "40", "55"].contains(&&state.code()[..2])
@@ -212,40 +212,40 @@ pub fn is_passing(err: &postgres::Error) -> bool {
 }
 
 /// A pooled connection with the statements that its service prepared on it.
-pub struct Conn<S> {
+pub struct Connection<S> {
     /// The connection.
     pub client: Client,
     /// What was prepared when it was made.
     pub statements: S,
     last_used: Instant,
-    proven: u64,
+    validated_generation: u64,
 }
 
 /// Prepares a service's statements on a new connection.
 pub type Prepare<S> = fn(&mut Client) -> Result<S, postgres::Error>;
 
 /// How a question waits for its connection.
-type Take = fn(&Turns, Duration) -> Option<Turn>;
+type Acquire = fn(&FairSemaphore, Duration) -> Option<SemaphorePermit>;
 
 /// A bounded pool; clones share it.
 pub struct Pool<S: Send + 'static> {
     inner: r2d2::Pool<Manager<S>>,
     /// r2d2 wakes whoever comes first; this keeps the order.
-    turns: Turns,
+    permits: FairSemaphore,
     timeout: Duration,
-    /// See [`within`].
+    /// See [`with_deadline`].
     limit: Duration,
-    doubts: Arc<AtomicU64>,
+    generation: Arc<AtomicU64>,
 }
 
 impl<S: Send + 'static> Clone for Pool<S> {
     fn clone(&self) -> Pool<S> {
         Pool {
             inner: self.inner.clone(),
-            turns: self.turns.clone(),
+            permits: self.permits.clone(),
             timeout: self.timeout,
             limit: self.limit,
-            doubts: Arc::clone(&self.doubts),
+            generation: Arc::clone(&self.generation),
         }
     }
 }
@@ -254,50 +254,54 @@ impl<S: Send + 'static> Pool<S> {
     /// A pool that connects when it is first used: a service starts without its database.
     pub fn new(config: Config, prepare: Prepare<S>) -> Pool<S> {
         metrics::register_pool();
-        let doubts = Arc::new(AtomicU64::new(0));
+        let generation = Arc::new(AtomicU64::new(0));
         let (size, timeout) = (config.pool_size, config.pool_timeout);
-        let limit = config.statement_timeout + GRACE;
-        let away = Arc::new(AtomicBool::new(false));
-        let manager =
-            Manager { config, prepare, doubts: Arc::clone(&doubts), away: Arc::clone(&away) };
+        let limit = config.statement_timeout + DEADLINE_MARGIN;
+        let disconnected = Arc::new(AtomicBool::new(false));
+        let manager = Manager {
+            config,
+            prepare,
+            generation: Arc::clone(&generation),
+            disconnected: Arc::clone(&disconnected),
+        };
         let inner = r2d2::Pool::builder()
             .max_size(size)
             .min_idle(Some(1))
             .connection_timeout(timeout)
-            .error_handler(Box::new(Away(away)))
+            .error_handler(Box::new(ConnectErrorLog(disconnected)))
             .build_unchecked(manager);
-        Pool { inner, turns: Turns::new(size as usize), timeout, limit, doubts }
+        Pool { inner, permits: FairSemaphore::new(size as usize), timeout, limit, generation }
     }
 
-    /// Asks a question that changes nothing. When the connection turns out to be
+    /// Asks a question that changes nothing. When the connection permits out to be
     /// dead the question is asked once more on another one.
     pub fn read<T>(
         &self,
-        ask: impl Fn(&mut Conn<S>) -> Result<T, postgres::Error>,
+        ask: impl Fn(&mut Connection<S>) -> Result<T, postgres::Error>,
     ) -> Result<T, Error> {
-        self.ask(Turns::take, ask)
+        self.ask(FairSemaphore::acquire, ask)
     }
 
     /// The same for one of many questions of one request: it lets those of others past.
-    pub fn read_giving_way<T>(
+    pub fn read_background<T>(
         &self,
-        ask: impl Fn(&mut Conn<S>) -> Result<T, postgres::Error>,
+        ask: impl Fn(&mut Connection<S>) -> Result<T, postgres::Error>,
     ) -> Result<T, Error> {
-        self.ask(Turns::take_giving_way, ask)
+        self.ask(FairSemaphore::acquire_background, ask)
     }
 
     fn ask<T>(
         &self,
-        take: Take,
-        ask: impl Fn(&mut Conn<S>) -> Result<T, postgres::Error>,
+        take: Acquire,
+        ask: impl Fn(&mut Connection<S>) -> Result<T, postgres::Error>,
     ) -> Result<T, Error> {
-        let (_turn, mut conn) = self.get(take)?;
-        match within(self.limit, || ask(&mut conn)) {
-            Err(err) if is_disconnect(&err) => {
-                self.doubts.fetch_add(1, Ordering::SeqCst);
+        let (_permit, mut conn) = self.get(take)?;
+        match with_deadline(self.limit, || ask(&mut conn)) {
+            Err(err) if is_connection_lost(&err) => {
+                self.generation.fetch_add(1, Ordering::SeqCst);
                 drop(conn);
                 let mut conn = self.connection(Instant::now() + self.timeout)?;
-                Ok(within(self.limit, || ask(&mut conn))?)
+                Ok(with_deadline(self.limit, || ask(&mut conn))?)
             }
             other => Ok(other?),
         }
@@ -307,27 +311,27 @@ impl<S: Send + 'static> Pool<S> {
     /// knows whether the change was made, and the caller is told so.
     pub fn write<T>(
         &self,
-        change: impl FnOnce(&mut Conn<S>) -> Result<T, postgres::Error>,
+        change: impl FnOnce(&mut Connection<S>) -> Result<T, postgres::Error>,
     ) -> Result<T, Error> {
-        let (_turn, mut conn) = self.get(Turns::take)?;
-        within(self.limit, || change(&mut conn)).map_err(|err| {
-            if is_disconnect(&err) {
-                self.doubts.fetch_add(1, Ordering::SeqCst);
+        let (_permit, mut conn) = self.get(FairSemaphore::acquire)?;
+        with_deadline(self.limit, || change(&mut conn)).map_err(|err| {
+            if is_connection_lost(&err) {
+                self.generation.fetch_add(1, Ordering::SeqCst);
             }
             err.into()
         })
     }
 
     /// A connection, and the right to it: the connection is given back first.
-    fn get(&self, take: Take) -> Result<(Turn, PooledConnection<Manager<S>>), Error> {
+    fn get(&self, take: Acquire) -> Result<(SemaphorePermit, PooledConnection<Manager<S>>), Error> {
         let deadline = Instant::now() + self.timeout;
         let waited = metrics::POOL_WAIT.start_timer();
-        let turn = take(&self.turns, self.timeout);
-        let got = turn.ok_or_else(|| {
+        let permit = take(&self.permits, self.timeout);
+        let got = permit.ok_or_else(|| {
             metrics::POOL_TIMEOUTS.inc();
             Error::Unavailable("all connections to the database are in use".into())
         });
-        let got = got.and_then(|turn| Ok((turn, self.connection(deadline)?)));
+        let got = got.and_then(|permit| Ok((permit, self.connection(deadline)?)));
         waited.observe_duration();
         let state = self.inner.state();
         metrics::POOL_CONNECTIONS.set(i64::from(state.connections));
@@ -349,37 +353,38 @@ impl<S: Send + 'static> Pool<S> {
 pub struct Manager<S> {
     config: Config,
     prepare: Prepare<S>,
-    /// Counts disconnections: every connection proven before the last one is
+    /// Counts disconnections: every connection validated_generation before the last one is
     /// asked again, so that a restart of the server costs one error, not one a
     /// connection.
-    doubts: Arc<AtomicU64>,
-    away: Arc<AtomicBool>,
+    generation: Arc<AtomicU64>,
+    disconnected: Arc<AtomicBool>,
 }
 
 impl<S: Send + 'static> ManageConnection for Manager<S> {
-    type Connection = Conn<S>;
+    type Connection = Connection<S>;
     type Error = postgres::Error;
 
-    fn connect(&self) -> Result<Conn<S>, postgres::Error> {
-        let proven = self.doubts.load(Ordering::SeqCst);
+    fn connect(&self) -> Result<Connection<S>, postgres::Error> {
+        let validated_generation = self.generation.load(Ordering::SeqCst);
         let mut client = self.config.connect()?;
-        let statements = self.config.within(|| (self.prepare)(&mut client))?;
-        if self.away.swap(false, Ordering::SeqCst) {
+        let statements = self.config.with_deadline(|| (self.prepare)(&mut client))?;
+        if self.disconnected.swap(false, Ordering::SeqCst) {
             log::info!("connected to the database again");
         }
-        Ok(Conn { client, statements, last_used: Instant::now(), proven })
+        Ok(Connection { client, statements, last_used: Instant::now(), validated_generation })
     }
 
-    fn is_valid(&self, conn: &mut Conn<S>) -> Result<(), postgres::Error> {
-        let doubts = self.doubts.load(Ordering::SeqCst);
-        if conn.proven != doubts || conn.last_used.elapsed() > TRUSTED_IDLE {
+    fn is_valid(&self, conn: &mut Connection<S>) -> Result<(), postgres::Error> {
+        let generation = self.generation.load(Ordering::SeqCst);
+        if conn.validated_generation != generation || conn.last_used.elapsed() > VALIDATE_AFTER_IDLE
+        {
             conn.client.is_valid(CONNECT_TIMEOUT)?;
-            conn.proven = doubts;
+            conn.validated_generation = generation;
         }
         Ok(())
     }
 
-    fn has_broken(&self, conn: &mut Conn<S>) -> bool {
+    fn has_broken(&self, conn: &mut Connection<S>) -> bool {
         conn.last_used = Instant::now();
         conn.client.is_closed()
     }
@@ -387,9 +392,9 @@ impl<S: Send + 'static> ManageConnection for Manager<S> {
 
 /// r2d2 tries on in the background; the log gets one line a change of state.
 #[derive(Debug)]
-struct Away(Arc<AtomicBool>);
+struct ConnectErrorLog(Arc<AtomicBool>);
 
-impl r2d2::HandleError<postgres::Error> for Away {
+impl r2d2::HandleError<postgres::Error> for ConnectErrorLog {
     fn handle_error(&self, err: postgres::Error) {
         if !self.0.swap(true, Ordering::SeqCst) {
             let cause = err.source().map(|cause| format!(": {cause}")).unwrap_or_default();

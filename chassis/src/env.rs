@@ -30,34 +30,34 @@ impl fmt::Debug for Secret {
 
 type Lookup = dyn Fn(&str) -> Option<String>;
 
-/// Reads variables and remembers every fault until [`Env::finish`].
+/// Reads variables and remembers every error until [`Env::finish`].
 pub struct Env {
     lookup: Box<Lookup>,
-    faults: Vec<String>,
+    errors: Vec<String>,
 }
 
 impl Env {
     /// The environment of this process, completed by the nearest `.env` at or
     /// above the current directory. A variable that is set wins over the file.
     pub fn load() -> Env {
-        let (values, faults) = match read_file() {
+        let (values, errors) = match load_dotenv() {
             Ok(values) => (values, Vec::new()),
-            Err(fault) => (HashMap::new(), vec![fault]),
+            Err(error) => (HashMap::new(), vec![error]),
         };
         let of_the_file = move |name: &str| values.get(name).cloned();
         let lookup = move |name: &str| std::env::var(name).ok().or_else(|| of_the_file(name));
-        Env { lookup: Box::new(lookup), faults }
+        Env { lookup: Box::new(lookup), errors }
     }
 
     /// Variables from `lookup` instead of the process.
-    pub fn of(lookup: impl Fn(&str) -> Option<String> + 'static) -> Env {
-        Env { lookup: Box::new(lookup), faults: Vec::new() }
+    pub fn from_fn(lookup: impl Fn(&str) -> Option<String> + 'static) -> Env {
+        Env { lookup: Box::new(lookup), errors: Vec::new() }
     }
 
     /// A required text.
-    pub fn text(&mut self, name: &str) -> String {
+    pub fn required(&mut self, name: &str) -> String {
         self.optional(name).unwrap_or_else(|| {
-            self.faults.push(format!("{name} is missing"));
+            self.errors.push(format!("{name} is missing"));
             String::new()
         })
     }
@@ -67,14 +67,14 @@ impl Env {
         (self.lookup)(name).filter(|value| !value.is_empty())
     }
 
-    /// Adds a fault that only the caller can see, named after its variable.
-    pub fn fault(&mut self, fault: &str) {
-        self.faults.push(fault.to_owned());
+    /// Adds a error that only the caller can see, named after its variable.
+    pub fn error(&mut self, error: &str) {
+        self.errors.push(error.to_owned());
     }
 
     /// A required credential.
     pub fn secret(&mut self, name: &str) -> Secret {
-        Secret(self.text(name))
+        Secret(self.required(name))
     }
 
     /// A number within `range`; `default` when the variable is absent.
@@ -89,7 +89,7 @@ impl Env {
             Ok(number) if range.contains(&number) => number,
             _ => {
                 let (low, high) = (range.start(), range.end());
-                self.faults.push(format!("{name} must be a whole number from {low} to {high}"));
+                self.errors.push(format!("{name} must be a whole number from {low} to {high}"));
                 default
             }
         }
@@ -102,7 +102,7 @@ impl Env {
 
     /// A required address as `host:port`. A host name is resolved now, once.
     pub fn address(&mut self, name: &str) -> SocketAddr {
-        let value = self.text(name);
+        let value = self.required(name);
         self.resolve(name, &value)
     }
 
@@ -110,12 +110,12 @@ impl Env {
     pub fn host_port(&mut self, host: &str, port: &str) -> SocketAddr {
         let number = self.number(port, 0, 1..=u16::MAX);
         if number == 0 {
-            let fault = format!("{port} is missing");
-            if !self.faults.iter().any(|known| known.starts_with(port)) {
-                self.faults.push(fault);
+            let error = format!("{port} is missing");
+            if !self.errors.iter().any(|known| known.starts_with(port)) {
+                self.errors.push(error);
             }
         }
-        let name = self.text(host);
+        let name = self.required(host);
         // An IPv6 address needs its brackets before a port can follow.
         let joined = if name.contains(':') {
             format!("[{name}]:{number}")
@@ -133,35 +133,35 @@ impl Env {
         match value.to_socket_addrs().ok().and_then(|mut found| found.next()) {
             Some(address) => address,
             None => {
-                self.faults.push(format!("{name} is not an address that resolves"));
+                self.errors.push(format!("{name} is not an address that resolves"));
                 nowhere
             }
         }
     }
 
-    /// Hands out the finished configuration, or one error that names every fault.
+    /// Hands out the finished configuration, or one error that names every error.
     pub fn finish<T>(self, config: T) -> anyhow::Result<T> {
-        if self.faults.is_empty() {
+        if self.errors.is_empty() {
             return Ok(config);
         }
-        anyhow::bail!("the configuration is not usable:\n  {}", self.faults.join("\n  "))
+        anyhow::bail!("the configuration is not usable:\n  {}", self.errors.join("\n  "))
     }
 }
 
 /// The nearest `.env`; empty where there is none.
-fn read_file() -> Result<HashMap<String, String>, String> {
-    let fault = |err| format!(".env: {err}");
-    let here = std::env::current_dir().map_err(fault)?;
+fn load_dotenv() -> Result<HashMap<String, String>, String> {
+    let error = |err| format!(".env: {err}");
+    let here = std::env::current_dir().map_err(error)?;
     match here.ancestors().map(|folder| folder.join(".env")).find(|file| file.exists()) {
-        Some(file) => parse(&fs::read_to_string(file).map_err(fault)?),
+        Some(file) => parse_dotenv(&fs::read_to_string(file).map_err(error)?),
         None => Ok(HashMap::new()),
     }
 }
 
 /// Lines `NAME=value`, each value as it stands, without quotes or expansion: so the scripts
 /// and PM2 read them too, and a password may have any character in it. No line is shown to
-/// anybody who reads the fault, because it may hold one.
-fn parse(text: &str) -> Result<HashMap<String, String>, String> {
+/// anybody who reads the error, because it may hold one.
+fn parse_dotenv(text: &str) -> Result<HashMap<String, String>, String> {
     let mut values = HashMap::new();
     for (number, line) in (1..).zip(text.lines()) {
         if line.trim().is_empty() || line.starts_with('#') {
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     fn env(pairs: &'static [(&'static str, &'static str)]) -> Env {
-        Env::of(|name| {
+        Env::from_fn(|name| {
             let found = pairs.iter().find(|(key, _)| *key == name);
             found.map(|(_, value)| (*value).to_owned())
         })
@@ -199,8 +199,8 @@ mod tests {
         env.number("THREADS", 4, 1..=256);
         env.host_port("HOST", "PORT");
         let message = env.finish(()).unwrap_err().to_string();
-        for fault in ["PASSWORD is missing", "THREADS must be", "PORT must be"] {
-            assert!(message.contains(fault), "{message}");
+        for error in ["PASSWORD is missing", "THREADS must be", "PORT must be"] {
+            assert!(message.contains(error), "{message}");
         }
         assert!(!message.contains("many") && !message.contains("99999"), "{message}");
     }
@@ -219,18 +219,18 @@ mod tests {
         let text = "# a comment\n\nPASSWORD=a'b\"c$HOME\\ #d=e \r\nEMPTY=\n_a1=x";
         let expected = [("PASSWORD", "a'b\"c$HOME\\ #d=e "), ("EMPTY", ""), ("_a1", "x")];
         let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        assert_eq!(parse(text).unwrap(), HashMap::from(expected));
+        assert_eq!(parse_dotenv(text).unwrap(), HashMap::from(expected));
     }
 
     #[test]
     fn a_line_of_the_file_that_cannot_be_read_is_named_and_not_shown() {
-        for (text, fault) in [
+        for (text, error) in [
             ("A=1\nPASSWORD hunter2", ".env: line 2 is not NAME=value"),
             ("PASSWORD hunter2=", ".env: line 1 is not NAME=value"),
             ("=hunter2", ".env: line 1 is not NAME=value"),
             ("PASSWORD=hunter2\nPASSWORD=hunter3", ".env: PASSWORD is there twice"),
         ] {
-            assert_eq!(parse(text).unwrap_err(), fault);
+            assert_eq!(parse_dotenv(text).unwrap_err(), error);
         }
     }
 

@@ -128,12 +128,12 @@ impl Shared {
 }
 
 /// `GET /health`: 200 while the process lives.
-pub fn live() -> Response {
+pub fn liveness() -> Response {
     Response::json(&json!({ "status": "ok" }))
 }
 
 /// `GET /health/ready`: 200, or 503 when a dependency is away; one line for each.
-pub fn ready(probes: &[Probe]) -> Response {
+pub fn readiness(probes: &[Probe]) -> Response {
     let checks: Vec<Check> = probes.iter().map(Probe::check).collect();
     let ready = checks.iter().all(|check| check.status == "ok");
     let lines: Vec<String> = checks.iter().map(|check| json!(check).to_string()).collect();
@@ -159,7 +159,7 @@ mod tests {
         });
         let probes = [comes.unwrap()];
         let now = Instant::now();
-        assert_eq!(ready(&probes).status_code, 503);
+        assert_eq!(readiness(&probes).status_code, 503);
         let shared = &probes[0].shared;
         // Time is told, so that the machine's speed does not matter.
         assert!(shared.ask(now).unwrap().result.is_err());
@@ -178,7 +178,7 @@ mod tests {
         });
         let works = Probe::new("queue", || Ok(()));
         let started = Instant::now();
-        let response = ready(&[works.unwrap(), hangs.unwrap()]);
+        let response = readiness(&[works.unwrap(), hangs.unwrap()]);
         assert_eq!(response.status_code, 503);
         assert!(started.elapsed() < DEADLINE * 2);
         let mut text = String::new();

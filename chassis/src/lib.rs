@@ -6,19 +6,21 @@
 
 pub mod broker;
 pub mod db;
+pub mod decimal;
 pub mod env;
 pub mod health;
-pub mod http;
+pub mod http1;
 pub mod logging;
 pub mod metrics;
 pub mod problem;
+pub mod request;
+pub mod response;
+pub mod router;
+pub mod semaphore;
 pub mod server;
 pub mod stop;
 #[cfg(feature = "testing")]
 pub mod testing;
-pub mod turns;
-pub mod value;
-pub mod wire;
 
 pub use env::{Env, Secret};
 pub use problem::Problem;

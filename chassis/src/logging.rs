@@ -36,7 +36,7 @@ const GATHERED: usize = 32 * 1024;
 /// How long the end of the process waits for a reader that does not read.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
-crate::metrics! {
+crate::define_metrics! {
     fn register;
     DROPPED: IntCounter = register_int_counter!(
         "log_lines_dropped_total", "Lines of the log that nobody took in time, or that could not be written.");
@@ -49,7 +49,7 @@ pub fn level_from_env(env: &mut Env) -> LevelFilter {
         None => LevelFilter::Info,
         Some(Ok(level)) => level,
         Some(Err(_)) => {
-            env.fault("LOG_LEVEL must be one of off, error, warn, info, debug, trace");
+            env.error("LOG_LEVEL must be one of off, error, warn, info, debug, trace");
             LevelFilter::Info
         }
     }

@@ -1,6 +1,6 @@
 //! What every service counts, in the Prometheus text format.
 //!
-//! A service adds its own to the same registry by [`metrics!`](crate::metrics!). Memory, threads and descriptors of the process come from the crate.
+//! A service adds its own to the same registry by [`define_metrics!`](crate::define_metrics!). Memory, threads and descriptors of the process come from the crate.
 
 use prometheus::{
     Encoder, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, TextEncoder,
@@ -9,13 +9,13 @@ use prometheus::{
 };
 use rouille::{Request, Response};
 
-use crate::http::Answer;
 use crate::problem::Problem;
+use crate::router::RoutedResponse;
 
 /// Declares metrics of a module as statics, and a function that registers them all,
 /// so that a scrape shows a zero and not a gap.
 #[macro_export]
-macro_rules! metrics {
+macro_rules! define_metrics {
     ($(#[$doc:meta])* $visible:vis fn $register:ident; $($name:ident: $kind:ty = $make:expr;)*) => {
         $(pub(crate) static $name: ::std::sync::LazyLock<$kind> =
             // Fails only for a name that is taken or malformed: a fault of the module.
@@ -28,7 +28,7 @@ macro_rules! metrics {
     };
 }
 
-metrics! {
+define_metrics! {
     pub(crate) fn register_server;
     REQUESTS: IntCounterVec = register_int_counter_vec!(
         "http_requests_total", "Requests answered.", &["route", "method", "status_class"]);
@@ -45,7 +45,7 @@ metrics! {
         "http_accept_errors_total", "Failed accepts, such as too many open files.");
 }
 
-metrics! {
+define_metrics! {
     pub(crate) fn register_pool;
     POOL_CONNECTIONS: IntGauge = register_int_gauge!(
         "db_pool_connections", "Connections of the database pool.");
@@ -59,8 +59,8 @@ metrics! {
 }
 
 /// Serves a scrape at any path; for a listener apart from the public door.
-pub fn answer(_request: &Request) -> Answer {
-    Answer { route: "/metrics", result: render() }
+pub fn scrape(_request: &Request) -> RoutedResponse {
+    RoutedResponse { route: "/metrics", result: render() }
 }
 
 fn render() -> Result<Response, Problem> {
@@ -68,6 +68,6 @@ fn render() -> Result<Response, Problem> {
     let mut text = Vec::new();
     encoder
         .encode(&prometheus::gather(), &mut text)
-        .map_err(|err| Problem::internal().because(err))?;
+        .map_err(|err| Problem::internal().with_cause(err))?;
     Ok(Response::from_data(encoder.format_type().to_owned(), text))
 }

@@ -25,7 +25,7 @@ impl Problem {
     pub fn new(status: u16, detail: impl Into<String>) -> Problem {
         Problem {
             status,
-            title: reason(status),
+            title: reason_phrase(status),
             detail: detail.into(),
             fields: Vec::new(),
             headers: Vec::new(),
@@ -34,7 +34,7 @@ impl Problem {
     }
 
     /// 400: the request cannot be read.
-    pub fn malformed(detail: impl Into<String>) -> Problem {
+    pub fn bad_request(detail: impl Into<String>) -> Problem {
         Problem::new(400, detail)
     }
 
@@ -49,12 +49,12 @@ impl Problem {
     }
 
     /// 422 for one field and the rule it breaks.
-    pub fn invalid(field: &str, rule: impl Into<String>) -> Problem {
-        Problem::invalid_fields(vec![(field.to_owned(), rule.into())])
+    pub fn invalid_field(field: &str, rule: impl Into<String>) -> Problem {
+        Problem::unprocessable(vec![(field.to_owned(), rule.into())])
     }
 
     /// 422 with one entry a field: its name and the rule it breaks.
-    pub fn invalid_fields(fields: Vec<(String, String)>) -> Problem {
+    pub fn unprocessable(fields: Vec<(String, String)>) -> Problem {
         let said: Vec<String> =
             fields.iter().map(|(field, rule)| format!("{field} {rule}")).collect();
         Problem { fields, ..Problem::new(422, said.join("; ")) }
@@ -71,7 +71,7 @@ impl Problem {
     }
 
     /// Adds the cause, for the log.
-    pub fn because(mut self, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Problem {
+    pub fn with_cause(mut self, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Problem {
         self.cause = Some(cause.into());
         self
     }
@@ -148,12 +148,12 @@ impl From<db::Error> for Problem {
             db::Error::Unavailable(_) => Problem::unavailable("the database is not available"),
             db::Error::Failed(_) => Problem::internal(),
         }
-        .because(err)
+        .with_cause(err)
     }
 }
 
 /// The reason phrase of a status, RFC 9110 section 15.
-pub(crate) fn reason(status: u16) -> &'static str {
+pub(crate) fn reason_phrase(status: u16) -> &'static str {
     match status {
         200 => "OK",
         201 => "Created",

@@ -25,11 +25,11 @@ use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use uuid::Uuid;
 
 use crate::env::Env;
-use crate::http::Answer;
+use crate::http1::{self, BodyDecoder, BodyFraming, RequestHead};
 use crate::metrics;
-use crate::problem::{Problem, reason};
+use crate::problem::{Problem, reason_phrase};
+use crate::router::RoutedResponse;
 use crate::stop::Stop;
-use crate::wire::{self, Body, BodyReader, Head};
 
 /// Enough for the deepest handler, also unoptimised; only touched pages cost memory.
 const STACK: usize = 512 << 10;
@@ -139,7 +139,7 @@ pub struct Config {
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// Most connections, and threads.
-    pub threads: usize,
+    pub max_connections: usize,
     /// From the first byte of a head to its last; also for the first byte of a new connection.
     pub header_timeout: Duration,
     /// For the whole body.
@@ -149,13 +149,13 @@ pub struct Limits {
     /// Between two requests.
     pub idle_timeout: Duration,
     /// Longest head of a request, its line and its header fields together, in bytes.
-    pub max_head: usize,
+    pub max_head_bytes: usize,
     /// Most header fields of a request.
-    pub max_headers: usize,
+    pub max_header_fields: usize,
     /// Largest body of a request, in bytes.
-    pub max_body: usize,
+    pub max_body_bytes: usize,
     /// Largest sum of all bodies that are in memory, in bytes.
-    pub body_budget: usize,
+    pub max_buffered_bytes: usize,
 }
 
 impl Config {
@@ -168,21 +168,25 @@ impl Config {
         // The kernel would not mind: both would get some of the connections.
         if listen.port() != 0 && listen.port() == metrics_listen.port() {
             let (port, metrics) = (name("PORT"), name("METRICS_LISTEN"));
-            env.fault(&format!("{metrics} must have another port than {port}"));
+            env.error(&format!("{metrics} must have another port than {port}"));
         }
         Config {
             listen,
             metrics_listen,
             limits: Limits {
-                threads: env.number(&name("HTTP_MAX_CONNECTIONS"), 256, 1..=10_000),
+                max_connections: env.number(&name("HTTP_MAX_CONNECTIONS"), 256, 1..=10_000),
                 header_timeout: env.millis("HTTP_HEADER_TIMEOUT_MS", 5000),
                 body_timeout: env.millis("HTTP_BODY_TIMEOUT_MS", 10_000),
                 write_timeout: env.millis("HTTP_WRITE_TIMEOUT_MS", 10_000),
                 idle_timeout: env.millis("HTTP_IDLE_TIMEOUT_MS", 60_000),
-                max_head: 16 << 10,
-                max_headers: 100,
-                max_body: env.number("HTTP_MAX_BODY_BYTES", 256 << 10, 1..=1 << 30),
-                body_budget: env.number("HTTP_MAX_BUFFERED_BODY_BYTES", 16 << 20, 1..=1 << 40),
+                max_head_bytes: 16 << 10,
+                max_header_fields: 100,
+                max_body_bytes: env.number("HTTP_MAX_BODY_BYTES", 256 << 10, 1..=1 << 30),
+                max_buffered_bytes: env.number(
+                    "HTTP_MAX_BUFFERED_BODY_BYTES",
+                    16 << 20,
+                    1..=1 << 40,
+                ),
             },
         }
     }
@@ -193,16 +197,16 @@ impl Config {
     /// where each takes `each` descriptors and `others` are kept for connections to
     /// other servers: a client that comes in and finds no descriptor left for the
     /// database or the service behind is served worse than one that waits outside.
-    pub fn fit_descriptors(&mut self, each: usize, others: usize) {
+    pub fn clamp_to_fd_limit(&mut self, each: usize, others: usize) {
         let Some(allowed) = descriptors() else { return };
-        let threads = self.limits.threads.min(places(allowed, each, others));
-        if threads < self.limits.threads {
+        let threads = self.limits.max_connections.min(places(allowed, each, others));
+        if threads < self.limits.max_connections {
             log::warn!(
                 "{threads} connections at once instead of {}: the process may have {allowed} \
                  descriptors open (ulimit -n)",
-                self.limits.threads,
+                self.limits.max_connections,
             );
-            self.limits.threads = threads;
+            self.limits.max_connections = threads;
         }
     }
 }
@@ -223,9 +227,9 @@ fn descriptors() -> Option<usize> {
 impl Limits {
     /// The same for a service behind a proxy that holds to these limits and then
     /// adds header fields of its own.
-    pub fn behind_a_proxy(mut self) -> Limits {
-        self.max_head += 2 << 10;
-        self.max_headers += 10;
+    pub fn with_proxy_headroom(mut self) -> Limits {
+        self.max_head_bytes += 2 << 10;
+        self.max_header_fields += 10;
         self
     }
 }
@@ -233,15 +237,16 @@ impl Limits {
 /// Listens at both addresses of `config` and serves until `stop`.
 pub fn run<H>(config: &Config, stop: &Stop, handler: H) -> anyhow::Result<()>
 where
-    H: Fn(&Request) -> Answer + Send + Sync + 'static,
+    H: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
 {
     metrics::register_server();
     let listener = bind(config.listen)?;
     let metrics_listener = bind(config.metrics_listen)?;
-    let (limits, metrics_stop) = (Limits { threads: 8, ..config.limits.clone() }, stop.clone());
+    let (limits, metrics_stop) =
+        (Limits { max_connections: 8, ..config.limits.clone() }, stop.clone());
     thread::Builder::new().name("metrics".into()).spawn(move || {
         let served =
-            Server::new(limits, &metrics_stop, false, metrics::answer).serve(metrics_listener);
+            Server::new(limits, &metrics_stop, false, metrics::scrape).serve(metrics_listener);
         served.unwrap_or_else(|err| log::error!("metrics are not served: {err:#}"));
     })?;
     log::info!("listening on {}, metrics on {}", config.listen, config.metrics_listen);
@@ -270,7 +275,7 @@ pub fn serve<H>(
     handler: H,
 ) -> anyhow::Result<()>
 where
-    H: Fn(&Request) -> Answer + Send + Sync + 'static,
+    H: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
 {
     Server::new(limits, stop, true, handler).serve(listener)
 }
@@ -302,7 +307,7 @@ struct House {
 
 impl<H> Server<H>
 where
-    H: Fn(&Request) -> Answer + Send + Sync + 'static,
+    H: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
 {
     fn new(limits: Limits, stop: &Stop, observed: bool, handler: H) -> Arc<Server<H>> {
         Arc::new(Server {
@@ -318,11 +323,11 @@ where
     }
 
     fn serve(self: &Arc<Self>, listener: TcpListener) -> anyhow::Result<()> {
-        let most = REFUSED.min(self.limits.threads);
+        let most = REFUSED.min(self.limits.max_connections);
         let mut lobby = Lobby { most, ..Lobby::default() };
         let mut tick = Duration::ZERO;
         let mut complained: Option<Instant> = None;
-        while !self.stop.raised() {
+        while !self.stop.is_requested() {
             let wanted = if lobby.waiting.is_empty() { TICK } else { QUICK_TICK };
             if tick != wanted {
                 // Linux lets SO_RCVTIMEO bound an accept too.
@@ -344,7 +349,7 @@ where
                     for _ in 0..EVICTED_AT_ONCE {
                         self.evict(&mut self.lock(), Duration::ZERO);
                     }
-                    self.stop.wait(Duration::from_millis(50));
+                    self.stop.sleep(Duration::from_millis(50));
                 }
             }
             self.admit_those_who_wait(&mut lobby);
@@ -429,7 +434,7 @@ where
     ) -> Result<(), Arc<Connection>> {
         let mut house = self.lock();
         let mut evicted = None;
-        if house.connections.len() >= self.limits.threads {
+        if house.connections.len() >= self.limits.max_connections {
             evicted = idle_for.and_then(|idle_for| self.evict(&mut house, idle_for));
             if evicted.is_none() {
                 return Err(connection);
@@ -445,7 +450,8 @@ where
         // `idle_threads` counts those that have been rung for but have not come
         // yet, and so does `arrivals`: no connection waits behind a thread that
         // another one has claimed.
-        if house.idle_threads < house.arrivals.len() && house.threads < self.limits.threads + SLACK
+        if house.idle_threads < house.arrivals.len()
+            && house.threads < self.limits.max_connections + SLACK
         {
             let server = Arc::clone(self);
             let worker = thread::Builder::new().name("http".into()).stack_size(STACK);
@@ -515,7 +521,7 @@ where
             self.count(&house);
             let last = house.connections.is_empty();
             drop(house);
-            if last && self.stop.raised() {
+            if last && self.stop.is_requested() {
                 self.bell.notify_all();
             }
         }
@@ -720,7 +726,7 @@ struct Session<'s, H> {
 
 /// A request that was read in full.
 struct Incoming<'s> {
-    head: Head,
+    head: RequestHead,
     body: Vec<u8>,
     begun: Instant,
     /// What the body takes of the memory for bodies, until it is answered.
@@ -753,7 +759,7 @@ struct Asked {
 
 impl<'s, H> Session<'s, H>
 where
-    H: Fn(&Request) -> Answer,
+    H: Fn(&Request) -> RoutedResponse,
 {
     fn new(server: &'s Server<H>, connection: &'s Connection) -> Session<'s, H> {
         Session {
@@ -793,7 +799,7 @@ where
             let phase = if first { Phase::New } else { Phase::Idle };
             self.connection.wait_for(phase, Instant::now());
             // Asked after the wait is marked, so that a stop sees the mark or is seen.
-            let timeout = match (first, self.server.stop.raised()) {
+            let timeout = match (first, self.server.stop.is_requested()) {
                 // A new connection is there to ask something.
                 (true, _) => limits.header_timeout,
                 (false, false) => limits.idle_timeout,
@@ -808,7 +814,7 @@ where
         let deadline = begun + limits.header_timeout;
         let mut scanned = 0;
         let head = loop {
-            match wire::take_head(&mut self.buffer, &mut scanned, limits)? {
+            match http1::parse_next_head(&mut self.buffer, &mut scanned, limits)? {
                 Some(head) => break head,
                 None => self.fill_by(deadline, begun, "the head of the request")?,
             }
@@ -818,8 +824,12 @@ where
         Ok(Incoming { head, body, begun, share })
     }
 
-    fn read_body(&mut self, head: &Head, share: &mut Share<'_>) -> Result<Vec<u8>, NoRequest> {
-        if head.body == Body::None {
+    fn read_body(
+        &mut self,
+        head: &RequestHead,
+        share: &mut Share<'_>,
+    ) -> Result<Vec<u8>, NoRequest> {
+        if head.framing == BodyFraming::None {
             return Ok(Vec::new());
         }
         let begun = Instant::now();
@@ -829,12 +839,12 @@ where
             (&self.connection.stream).write_all(go).map_err(|_| NoRequest::Closed)?;
         }
         let mut body = Vec::new();
-        let mut reader = BodyReader::new(head.body, self.server.limits.max_body);
+        let mut reader = BodyDecoder::new(head.framing, self.server.limits.max_body_bytes);
         loop {
-            share.take(self.buffer.len(), self.server.limits.body_budget)?;
+            share.take(self.buffer.len(), self.server.limits.max_buffered_bytes)?;
             let taken = reader.feed(&self.buffer, &mut body)?;
             self.buffer.drain(..taken);
-            if reader.done() {
+            if reader.is_done() {
                 return Ok(body);
             }
             self.fill_by(deadline, begun, "the body of the request")?;
@@ -847,7 +857,7 @@ where
         self.connection.wait_for(Phase::Reading, since);
         let read = if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { self.fill(left) };
         match read {
-            Ok(0) => Err(Problem::malformed(format!("{what} ends too early")).into()),
+            Ok(0) => Err(Problem::bad_request(format!("{what} ends too early")).into()),
             Ok(_) => Ok(()),
             Err(err) if is_pause(&err) => {
                 Err(Problem::new(408, format!("{what} did not arrive in time")).into())
@@ -881,10 +891,10 @@ where
         let wants_more = head.keep_alive;
         let asked = Asked {
             path: head.target.split('?').next().unwrap_or_default().to_owned(),
-            keep_alive: wants_more && !self.server.stop.raised(),
+            keep_alive: wants_more && !self.server.stop.is_requested(),
             method: head.method,
             request_id,
-            http10: head.http10,
+            http10: head.is_http10,
             begun,
         };
         let request = Request::fake_http_from(
@@ -895,9 +905,9 @@ where
             body,
         );
         let answer = catch_unwind(AssertUnwindSafe(|| (self.server.handler)(&request)));
-        let answer =
-            answer.unwrap_or_else(|_| Answer { route: "", result: Err(Problem::internal()) });
-        let Answer { route, result } = answer;
+        let answer = answer
+            .unwrap_or_else(|_| RoutedResponse { route: "", result: Err(Problem::internal()) });
+        let RoutedResponse { route, result } = answer;
         drop((request, share));
         let response = result.unwrap_or_else(|problem| {
             if problem.status() >= 500 {
@@ -907,7 +917,7 @@ where
             problem.into_response(&asked.request_id)
         });
         // A stop that came meanwhile: the client learns with this answer that it is the last.
-        let keep_alive = asked.keep_alive && !self.server.stop.raised();
+        let keep_alive = asked.keep_alive && !self.server.stop.is_requested();
         let asked = Asked { keep_alive, ..asked };
         let sent = self.send(&asked, route, response);
         // A client that did not want to go on has sent nothing more.
@@ -1044,7 +1054,7 @@ impl<H> Writer<'_, '_, H> {
         let length = if whole { Some(filled) } else { size };
 
         let mut out = Vec::with_capacity((1 << 10) + start.len());
-        write!(out, "HTTP/1.1 {status} {}\r\n", reason(status))?;
+        write!(out, "HTTP/1.1 {status} {}\r\n", reason_phrase(status))?;
         let mut announced = None;
         for (name, value) in &headers {
             if name.eq_ignore_ascii_case("Content-Length") {
@@ -1185,7 +1195,7 @@ fn read_some(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
 /// Whether a header cannot break the head it stands in.
 fn is_sound(name: &str, value: &str) -> bool {
     !name.is_empty()
-        && name.bytes().all(wire::is_token)
+        && name.bytes().all(http1::is_token)
         && !value.bytes().any(|byte| byte.is_ascii_control() && byte != b'\t')
 }
 

@@ -14,7 +14,7 @@ pub struct Stop(Arc<Shared>);
 
 #[derive(Default)]
 struct Shared {
-    raised: AtomicBool,
+    requested: AtomicBool,
     lock: Mutex<()>,
     wake: Condvar,
 }
@@ -24,39 +24,39 @@ impl Stop {
     pub fn on_signals() -> anyhow::Result<Stop> {
         let stop = Stop::default();
         let mut signals = Signals::new([SIGINT, SIGTERM])?;
-        let raise = stop.clone();
+        let stop_requester = stop.clone();
         thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
                 log::info!("stopping: signal {signal}");
-                raise.raise();
+                stop_requester.request();
             }
         })?;
         Ok(stop)
     }
 
     /// Asks every thread to end.
-    pub fn raise(&self) {
-        self.0.raised.store(true, Ordering::SeqCst);
+    pub fn request(&self) {
+        self.0.requested.store(true, Ordering::SeqCst);
         let _lock = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
         self.0.wake.notify_all();
     }
 
     /// Whether it is time to end.
-    pub fn raised(&self) -> bool {
-        self.0.raised.load(Ordering::SeqCst)
+    pub fn is_requested(&self) -> bool {
+        self.0.requested.load(Ordering::SeqCst)
     }
 
     /// A pause that ends early, with `true`, when it is time to end.
-    pub fn wait(&self, pause: Duration) -> bool {
+    pub fn sleep(&self, pause: Duration) -> bool {
         let lock = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = self.0.wake.wait_timeout_while(lock, pause, |()| !self.raised());
-        self.raised()
+        let _ = self.0.wake.wait_timeout_while(lock, pause, |()| !self.is_requested());
+        self.is_requested()
     }
 
     /// Starts a named thread that the process cannot do without: when it ends,
     /// or panics, everything stops and whoever supervises the process starts it
     /// anew. A service that lost a thread does not limp on.
-    pub fn spawn<'scope, F>(
+    pub fn spawn_critical<'scope, F>(
         &self,
         scope: &'scope Scope<'scope, '_>,
         name: &str,
@@ -68,7 +68,7 @@ impl Stop {
         struct Raise(Stop);
         impl Drop for Raise {
             fn drop(&mut self) {
-                self.0.raise();
+                self.0.request();
             }
         }
         let raise = Raise(self.clone());

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use chassis::env::Env;
-use chassis::http::Answer;
+use chassis::router::RoutedResponse;
 use chassis::server::{Config, Limits, bind, serve};
 use chassis::stop::Stop;
 use chassis::testing::http_corpus as corpus;
@@ -29,7 +29,7 @@ impl Running {
 
     fn with<H>(limits: Limits, handler: H) -> Running
     where
-        H: Fn(&Request) -> Answer + Send + Sync + 'static,
+        H: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
     {
         let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
@@ -56,14 +56,14 @@ impl Running {
     }
 
     fn stopped(mut self) -> anyhow::Result<()> {
-        self.stop.raise();
+        self.stop.request();
         self.thread.take().unwrap().join().unwrap()
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.stop.raise();
+        self.stop.request();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -72,20 +72,20 @@ impl Drop for Running {
 
 fn limits() -> Limits {
     Limits {
-        threads: 16,
+        max_connections: 16,
         header_timeout: Duration::from_secs(10),
         body_timeout: Duration::from_secs(10),
         write_timeout: Duration::from_secs(10),
         idle_timeout: Duration::from_secs(10),
-        max_head: 16 << 10,
-        max_headers: 100,
-        max_body: 100_000,
-        body_budget: 1 << 20,
+        max_head_bytes: 16 << 10,
+        max_header_fields: 100,
+        max_body_bytes: 100_000,
+        max_buffered_bytes: 1 << 20,
     }
 }
 
 /// Tells what it was asked: method, target, and the body.
-fn echo(request: &Request) -> Answer {
+fn echo(request: &Request) -> RoutedResponse {
     let mut body = String::new();
     request.data().unwrap().read_to_string(&mut body).unwrap();
     let response = match request.raw_url() {
@@ -107,7 +107,7 @@ fn echo(request: &Request) -> Answer {
             Response::text(format!("[{} {target} {host} {body}]", request.method()))
         }
     };
-    Answer { route: "/", result: Ok(response) }
+    RoutedResponse { route: "/", result: Ok(response) }
 }
 
 fn read_all(stream: &mut TcpStream) -> String {
@@ -217,7 +217,7 @@ fn empty_lines_before_a_request_may_come_in_any_packets() {
 
 #[test]
 fn clients_that_send_at_once_are_all_answered_as_long_as_there_is_room() {
-    let server = Running::start(Limits { threads: 64, ..limits() });
+    let server = Running::start(Limits { max_connections: 64, ..limits() });
     let address = server.address;
     let clients: Vec<JoinHandle<()>> = (0..60)
         .map(|_| {
@@ -242,7 +242,7 @@ fn a_reader_that_pauses_gets_all_of_a_large_answer() {
     let short = Duration::from_millis(500);
     let server = Running::with(Limits { write_timeout: short, ..limits() }, |_| {
         let data = ResponseBody::from_reader(io::repeat(b'x').take(12 << 20));
-        Answer { route: "/", result: Ok(Response { data, ..Response::text("") }) }
+        RoutedResponse { route: "/", result: Ok(Response { data, ..Response::text("") }) }
     });
     let mut client = server.connect();
     client.write_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
@@ -397,7 +397,7 @@ fn a_client_that_does_not_read_is_dropped_at_the_write_deadline() {
     let short = Duration::from_millis(300);
     let server = Running::with(Limits { write_timeout: short, ..limits() }, move |_| {
         let data = ResponseBody::from_reader(Tells(Arc::clone(&dropped)));
-        Answer { route: "/", result: Ok(Response { data, ..Response::text("") }) }
+        RoutedResponse { route: "/", result: Ok(Response { data, ..Response::text("") }) }
     });
     let mut client = server.connect();
     client.write_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
@@ -406,7 +406,7 @@ fn a_client_that_does_not_read_is_dropped_at_the_write_deadline() {
 
 #[test]
 fn a_full_house_makes_room_by_ending_the_longest_idle_connection() {
-    let server = Running::start(Limits { threads: 4, ..limits() });
+    let server = Running::start(Limits { max_connections: 4, ..limits() });
     let mut clients: Vec<TcpStream> = (0..4).map(|_| server.connect()).collect();
     // The later ones ask more often, so that the first has been idle for a while.
     for (number, client) in clients.iter_mut().enumerate() {
@@ -430,7 +430,7 @@ fn a_full_house_makes_room_by_ending_the_longest_idle_connection() {
 
 #[test]
 fn clients_that_ask_again_at_once_do_not_shut_a_newcomer_out() {
-    let server = Running::start(Limits { threads: 4, ..limits() });
+    let server = Running::start(Limits { max_connections: 4, ..limits() });
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         for _ in 0..4 {
@@ -456,7 +456,7 @@ fn clients_that_ask_again_at_once_do_not_shut_a_newcomer_out() {
 
 #[test]
 fn slow_clients_make_room_too_and_are_told_so() {
-    let server = Running::start(Limits { threads: 4, ..limits() });
+    let server = Running::start(Limits { max_connections: 4, ..limits() });
     let mut slow: Vec<TcpStream> = (0..4).map(|_| server.connect()).collect();
     for client in &mut slow {
         client.write_all(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\na").unwrap();
@@ -480,8 +480,11 @@ fn slow_clients_make_room_too_and_are_told_so() {
 
 #[test]
 fn a_reader_that_takes_nothing_cannot_keep_its_place_by_asking_more() {
-    let server =
-        Running::start(Limits { threads: 4, write_timeout: Duration::from_secs(60), ..limits() });
+    let server = Running::start(Limits {
+        max_connections: 4,
+        write_timeout: Duration::from_secs(60),
+        ..limits()
+    });
     let mut slow: Vec<TcpStream> = (0..4).map(|_| server.connect()).collect();
     for client in &mut slow {
         client.write_all(b"GET /endless HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
@@ -497,7 +500,7 @@ fn a_reader_that_takes_nothing_cannot_keep_its_place_by_asking_more() {
 fn where_everyone_is_busy_a_newcomer_gets_a_503_at_once() {
     let barrier = Arc::new(Barrier::new(5));
     let held = Arc::clone(&barrier);
-    let server = Running::with(Limits { threads: 4, ..limits() }, move |request| {
+    let server = Running::with(Limits { max_connections: 4, ..limits() }, move |request| {
         held.wait();
         held.wait();
         echo(request)
@@ -519,7 +522,7 @@ fn where_everyone_is_busy_a_newcomer_gets_a_503_at_once() {
 fn bodies_share_a_budget_of_memory() {
     let barrier = Arc::new(Barrier::new(2));
     let held = Arc::clone(&barrier);
-    let server = Running::with(Limits { body_budget: 50_000, ..limits() }, move |request| {
+    let server = Running::with(Limits { max_buffered_bytes: 50_000, ..limits() }, move |request| {
         if request.raw_url() == "/held" {
             held.wait();
             held.wait();
@@ -557,7 +560,7 @@ fn a_stop_finishes_what_has_begun_and_closes_what_is_idle() {
     read_one(&mut idle);
     slow.write_all(b"GET /slow HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
     barrier.wait();
-    server.stop.raise();
+    server.stop.request();
     assert_eq!(read_all(&mut idle), "");
     assert!(TcpStream::connect(server.address).is_err(), "still accepting");
     barrier.wait();
@@ -617,7 +620,7 @@ fn under_load_a_stop_leaves_no_request_unanswered() {
 
 #[test]
 fn the_doors_for_requests_and_for_metrics_must_be_two() {
-    let mut env = Env::of(|name| match name {
+    let mut env = Env::from_fn(|name| match name {
         "A_HOST" => Some("127.0.0.1".to_owned()),
         "A_PORT" => Some("8080".to_owned()),
         "A_METRICS_LISTEN" => Some("127.0.0.1:8080".to_owned()),

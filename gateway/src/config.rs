@@ -80,7 +80,7 @@ impl Config {
             },
             publish: Publish {
                 broker: broker::Config::from_env(env, "GATEWAY"),
-                queue: env.text("RABBITMQ_QUEUE"),
+                queue: env.required("RABBITMQ_QUEUE"),
                 max_in_flight: env.number("GATEWAY_PUBLISH_MAX_IN_FLIGHT", 192, 1..=10_000),
                 timeout: env.millis("GATEWAY_PUBLISH_CONFIRM_TIMEOUT_MS", 3000),
             },
@@ -91,9 +91,9 @@ impl Config {
     /// client may need a connection to inventory, and whoever waits for inventory or the
     /// broker must still leave some places for everything else.
     pub fn fit_descriptors(&mut self) {
-        let wanted = self.http.limits.threads;
-        self.http.fit_descriptors(2, 0);
-        let threads = self.http.limits.threads;
+        let wanted = self.http.limits.max_connections;
+        self.http.clamp_to_fd_limit(2, 0);
+        let threads = self.http.limits.max_connections;
         if threads < wanted {
             let most = (threads * 3 / 4).max(1);
             self.forward.max_in_flight = self.forward.max_in_flight.min(most);
@@ -106,7 +106,7 @@ fn proxies(env: &mut Env) -> Proxies {
     let name = "GATEWAY_TRUSTED_PROXIES";
     let list = env.optional(name).unwrap_or_default();
     Proxies::parse(&list).unwrap_or_else(|_| {
-        env.fault(&format!(
+        env.error(&format!(
             "{name} must be addresses or networks such as 10.0.0.0/8, separated by commas"
         ));
         Proxies::default()
@@ -118,7 +118,7 @@ fn rate_limit(env: &mut Env) -> Option<Rate> {
     let text = env.optional(name).filter(|text| text != "0")?;
     let rate = Rate::parse(&text);
     if rate.is_none() {
-        env.fault(&format!(
+        env.error(&format!(
             "{name} must be REQUESTS/SECONDS, at most 1000000 and 86400, or 0 for no limit"
         ));
     }

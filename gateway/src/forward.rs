@@ -5,9 +5,9 @@ use std::io::{self, ErrorKind, Read};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use chassis::http;
 use chassis::problem::Problem;
-use chassis::turns::{Turn, Turns};
+use chassis::request::request_id;
+use chassis::semaphore::{FairSemaphore, SemaphorePermit};
 use rouille::{Request, Response, ResponseBody};
 use ureq::Agent;
 use ureq::http::{Uri, request, response};
@@ -57,7 +57,7 @@ const HOP_BY_HOP: [&str; 12] = [
 pub struct Inventory {
     agent: Agent,
     address: SocketAddr,
-    turns: Turns,
+    turns: FairSemaphore,
     breaker: Breaker,
     proxies: Proxies,
 }
@@ -107,7 +107,8 @@ impl Inventory {
         Inventory {
             agent: Agent::with_parts(settings, Plain, Fixed(config.inventory)),
             address: config.inventory,
-            turns: Turns::new(config.max_in_flight).shown_by(metrics::FORWARD_IN_FLIGHT.clone()),
+            turns: FairSemaphore::new(config.max_in_flight)
+                .with_gauge(metrics::FORWARD_IN_FLIGHT.clone()),
             breaker: Breaker::new("inventory", config.breaker.clone()),
             proxies,
         }
@@ -136,7 +137,7 @@ impl Inventory {
     fn exchange(&self, request: &Request) -> Result<Response, Problem> {
         let mut body = Vec::new();
         if let Some(mut data) = request.data() {
-            data.read_to_end(&mut body).map_err(|err| Problem::internal().because(err))?;
+            data.read_to_end(&mut body).map_err(|err| Problem::internal().with_cause(err))?;
         }
         let (head, body) = match self.ask(request, &body) {
             // The connection died under a question that may be asked twice.
@@ -197,7 +198,7 @@ impl Inventory {
         }
         // By which both logs are told together: no client can keep it back by naming
         // it in Connection.
-        builder = builder.header("X-Request-Id", http::request_id(request));
+        builder = builder.header("X-Request-Id", request_id(request));
         let has_body = !body.is_empty() || ["POST", "PUT", "PATCH"].contains(&request.method());
         match has_body {
             true => self.agent.run(builder.body(body)?),
@@ -236,7 +237,7 @@ impl Inventory {
     /// Leave to ask and a place among the requests that wait for inventory. When all are
     /// taken and inventory answers nobody, the next is refused at once: the other threads
     /// belong to healthy routes.
-    fn enter(&self, request: &Request) -> Result<(Permit<'_>, Turn), Problem> {
+    fn enter(&self, request: &Request) -> Result<(Permit<'_>, SemaphorePermit), Problem> {
         // RFC 9110 section 9.2.1.
         let safe = ["GET", "HEAD", "OPTIONS"].contains(&request.method());
         let not_now = |wait| {
@@ -244,7 +245,7 @@ impl Inventory {
                 .with_header("Retry-After", seconds_up(wait).to_string())
         };
         self.breaker.check(Instant::now(), safe).map_err(not_now)?;
-        let turn = self.turns.take_if_moving(PATIENCE).ok_or_else(|| {
+        let turn = self.turns.acquire_unless_stalled(PATIENCE).ok_or_else(|| {
             metrics::FORWARD_REFUSED.inc();
             Problem::unavailable("too many requests wait for inventory")
         })?;
@@ -264,9 +265,9 @@ fn pass_on(
     // The reader wraps ureq's own errors in io's; this takes them out again.
     read.map_err(|err| match ureq::Error::from(err) {
         err @ ureq::Error::Timeout(_) => {
-            Problem::new(504, "inventory did not finish its answer in time").because(err)
+            Problem::new(504, "inventory did not finish its answer in time").with_cause(err)
         }
-        err => Problem::new(502, "inventory broke off its answer").because(err),
+        err => Problem::new(502, "inventory broke off its answer").with_cause(err),
     })?;
     let whole = begin.len() < HELD || size == Some(HELD as u64);
     if whole {
@@ -325,7 +326,7 @@ fn explain(err: ureq::Error) -> Problem {
         }
         ureq::Error::Timeout(_) => Problem::new(504, "inventory did not answer in time"),
         ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
-            return Problem::malformed(
+            return Problem::bad_request(
                 "path, query or headers have characters that cannot be passed on",
             );
         }
@@ -337,7 +338,7 @@ fn explain(err: ureq::Error) -> Problem {
         }
         _ => Problem::new(502, "inventory gave an answer that makes no sense"),
     }
-    .because(err)
+    .with_cause(err)
 }
 
 /// Whether a connection that had been made was lost.

@@ -9,8 +9,9 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use chassis::http::{self, Answer};
 use chassis::problem::Problem;
+use chassis::request;
+use chassis::router::RoutedResponse;
 use rouille::Request;
 
 use crate::metrics;
@@ -104,8 +105,12 @@ impl Limiter {
 
     /// Lets `serve` answer, unless the client has used up its quota: 429. The questions of
     /// monitors cost nothing and are always answered.
-    pub fn guard(&self, request: &Request, serve: impl FnOnce() -> Answer) -> Answer {
-        let path = http::path(request);
+    pub fn guard(
+        &self,
+        request: &Request,
+        serve: impl FnOnce() -> RoutedResponse,
+    ) -> RoutedResponse {
+        let path = request::path(request);
         if ["/health", "/health/ready"].contains(&path.strip_suffix('/').unwrap_or(path)) {
             return serve();
         }
@@ -118,9 +123,9 @@ impl Limiter {
             let detail = format!("an address may make {requests} requests in {seconds} s");
             let wait = seconds_up(standing.more_in).to_string();
             let problem = Problem::new(429, detail).with_header("Retry-After", wait);
-            return Answer { route: "", result: Err(with_fields(problem, fields)) };
+            return RoutedResponse { route: "", result: Err(with_fields(problem, fields)) };
         }
-        let Answer { route, result } = serve();
+        let RoutedResponse { route, result } = serve();
         let result = match result {
             Ok(mut response) => {
                 response.headers.extend(fields.map(|(name, value)| (name.into(), value.into())));
@@ -128,7 +133,7 @@ impl Limiter {
             }
             Err(problem) => Err(with_fields(problem, fields)),
         };
-        Answer { route, result }
+        RoutedResponse { route, result }
     }
 
     fn charge(&self, client: IpAddr, now: Duration) -> Standing {

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use chassis::health::Probe;
-use chassis::{Env, Stop, http, logging, server};
+use chassis::{Env, Stop, logging, router, server};
 use gateway::config::Config;
 use gateway::forward::Inventory;
 use gateway::limit::Limiter;
@@ -33,17 +33,17 @@ fn main() -> anyhow::Result<()> {
     let limiter = config.rate_limit.map(|rate| Limiter::new(rate, config.proxies.clone()));
 
     thread::scope(|scope| {
-        stop.spawn(scope, "publisher", || worker.run(&done))?;
+        stop.spawn_critical(scope, "publisher", || worker.run(&done))?;
         app.publisher.await_connection(Duration::from_secs(2), &stop);
         let handle = move |request: &_| {
-            let serve = || http::dispatch(routes::ROUTES, &app, request);
+            let serve = || router::dispatch(routes::ROUTES, &app, request);
             match &limiter {
                 Some(limiter) => limiter.guard(request, serve),
                 None => serve(),
             }
         };
         let served = server::run(&config.http, &stop, handle);
-        done.raise();
+        done.request();
         served
     })
 }

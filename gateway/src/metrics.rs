@@ -5,7 +5,7 @@ use prometheus::{
     register_int_counter_vec, register_int_gauge, register_int_gauge_vec,
 };
 
-chassis::metrics! {
+chassis::define_metrics! {
     /// Registers all of them.
     pub fn register;
     FORWARD_IN_FLIGHT: IntGauge = register_int_gauge!(

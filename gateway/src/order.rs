@@ -3,9 +3,9 @@
 //! Billing applies the same rules to what comes out of the queue, because anybody
 //! may publish there; `billing/messages/` holds examples that both are tested with.
 
-use chassis::http;
+use chassis::decimal;
 use chassis::problem::Problem;
-use chassis::value;
+use chassis::request;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use uuid::{Uuid, uuid};
@@ -47,7 +47,7 @@ struct Fields<'b> {
 impl Order {
     /// Reads a body: 400 when it is not JSON, 422 with one entry for each field that breaks its rule.
     pub fn parse(text: &str) -> Result<Order, Problem> {
-        let fields: Fields<'_> = http::json_object(text)?;
+        let fields: Fields<'_> = request::json_object(text)?;
         let mut broken = Vec::new();
         let mut check =
             |field: &str, value: Option<&RawValue>, holds: fn(&str) -> bool, rule: &str| {
@@ -55,7 +55,7 @@ impl Order {
                     broken.push((field.to_owned(), "is required".to_owned()));
                     return None;
                 };
-                let kept = value::spelled(value).ok().filter(|text| holds(text));
+                let kept = decimal::string_or_number(value).ok().filter(|text| holds(text));
                 if kept.is_none() {
                     broken.push((field.to_owned(), rule.to_owned()));
                 }
@@ -66,7 +66,7 @@ impl Order {
         check("total_amount", fields.total_amount, is_total_amount, TOTAL_AMOUNT_RULE);
         match user_id {
             Some(user_id) if broken.is_empty() => Ok(Order { body: compact(text), user_id }),
-            _ => Err(Problem::invalid_fields(broken)),
+            _ => Err(Problem::unprocessable(broken)),
         }
     }
 
@@ -93,7 +93,7 @@ pub fn idempotency_key(header: &str) -> Result<String, Problem> {
     if printable && plain && (1..=255).contains(&key.len()) {
         Ok(key.to_owned())
     } else {
-        Err(Problem::malformed("Idempotency-Key must be 1 to 255 printable ASCII characters"))
+        Err(Problem::bad_request("Idempotency-Key must be 1 to 255 printable ASCII characters"))
     }
 }
 
@@ -106,7 +106,7 @@ fn is_number_of_items(text: &str) -> bool {
 }
 
 fn is_total_amount(text: &str) -> bool {
-    value::hundredths(text).is_some_and(|cents| cents <= TOTAL_AMOUNT_MAX)
+    decimal::parse_cents(text).is_some_and(|cents| cents <= TOTAL_AMOUNT_MAX)
 }
 
 /// Leaves out the white space between tokens; everything else stays as it is spelled.

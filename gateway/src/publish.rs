@@ -14,7 +14,7 @@ use amiquip::{
 };
 use anyhow::bail;
 use chassis::Stop;
-use chassis::broker::{self, Backoff, Leash};
+use chassis::broker::{self, Backoff, SocketDeadline};
 use chassis::problem::Problem;
 use crossbeam_channel::{Receiver, RecvError, Sender, never, select, unbounded};
 
@@ -123,7 +123,7 @@ impl Publisher {
         let answer = Slot::new();
         let verdict = Reply(Arc::clone(&answer));
         let job = Job { id: id.to_owned(), body, verdict };
-        self.jobs.send(job).map_err(|_| Problem::internal().because("no worker publishes"))?;
+        self.jobs.send(job).map_err(|_| Problem::internal().with_cause("no worker publishes"))?;
         let mut verdict = answer.wait_until(begun + PATIENCE.min(self.timeout));
         if verdict.is_none() {
             if answer.claim() {
@@ -141,7 +141,7 @@ impl Publisher {
                  repeat it with the same Idempotency-Key"
             }
         };
-        Err(Problem::unavailable(outcome).because(format!("message {id} is not confirmed")))
+        Err(Problem::unavailable(outcome).with_cause(format!("message {id} is not confirmed")))
     }
 
     /// Gives the broker a moment: a gateway that shares its port with another one
@@ -149,7 +149,7 @@ impl Publisher {
     pub fn await_connection(&self, limit: Duration, stop: &Stop) {
         let deadline = Instant::now() + limit;
         while self.shared.usable().is_err() && Instant::now() < deadline {
-            if stop.wait(Duration::from_millis(5)) {
+            if stop.sleep(Duration::from_millis(5)) {
                 return;
             }
         }
@@ -216,7 +216,7 @@ impl Worker {
     pub fn run(&self, done: &Stop) {
         let mut backoff = Backoff::default();
         let mut told = String::new();
-        while !done.raised() {
+        while !done.is_requested() {
             let Err(err) = self.session(done) else { return };
             let was_connected = self.shared.connected.swap(false, Ordering::SeqCst);
             self.shared.stuck.store(false, Ordering::SeqCst);
@@ -233,18 +233,18 @@ impl Worker {
             for job in self.jobs.try_iter().filter(|job| job.verdict.0.claim()) {
                 job.settle(Verdict::Refused);
             }
-            done.wait(backoff.pause());
+            done.sleep(backoff.next_delay());
         }
     }
 
     /// One connection, from its begin to its end.
     fn session(&self, done: &Stop) -> anyhow::Result<()> {
         let (mut connection, leash) = self.broker.connect("gateway")?;
-        let channel = leash.within(CALL, || connection.open_channel(None))?;
+        let channel = leash.with_deadline(CALL, || connection.open_channel(None))?;
         let talked = self.talk(&mut connection, &channel, &leash, done);
         let blocked = self.shared.blocked.load(Ordering::SeqCst);
         match &talked {
-            Ok(()) if !blocked => leash.within(CALL, || {
+            Ok(()) if !blocked => leash.with_deadline(CALL, || {
                 let _ = channel.close();
                 let _ = connection.close();
             }),
@@ -268,10 +268,10 @@ impl Worker {
         &self,
         connection: &mut Connection,
         channel: &Channel,
-        leash: &Leash,
+        leash: &SocketDeadline,
         done: &Stop,
     ) -> anyhow::Result<()> {
-        let (confirms, returns, blocks) = leash.within(CALL, || -> amiquip::Result<_> {
+        let (confirms, returns, blocks) = leash.with_deadline(CALL, || -> amiquip::Result<_> {
             // Without arguments, so that anybody's plain durable declaration is the same.
             let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
             channel.queue_declare(&self.queue, durable)?;
@@ -335,7 +335,7 @@ impl Worker {
                 bail!("the queue {} is gone: connecting anew to declare it", self.queue);
             }
             // All requests are answered by then: whatever is outstanding, nobody waits for it.
-            if done.raised() {
+            if done.is_requested() {
                 return Ok(());
             }
             let blocked = self.shared.blocked.load(Ordering::SeqCst);
@@ -365,7 +365,7 @@ impl Worker {
     fn send_waiting(
         &self,
         channel: &Channel,
-        leash: &Leash,
+        leash: &SocketDeadline,
         outstanding: &mut Outstanding,
     ) -> anyhow::Result<()> {
         while self.has_room(outstanding)
@@ -380,7 +380,7 @@ impl Worker {
         &self,
         job: Job,
         channel: &Channel,
-        leash: &Leash,
+        leash: &SocketDeadline,
         outstanding: &mut Outstanding,
     ) -> anyhow::Result<()> {
         // Its client has been told that it was not sent.
@@ -401,7 +401,7 @@ impl Worker {
             immediate: false,
             properties,
         };
-        let handed_over = leash.within(CALL, || channel.basic_publish("", publish));
+        let handed_over = leash.with_deadline(CALL, || channel.basic_publish("", publish));
         outstanding.add(job);
         Ok(handed_over?)
     }

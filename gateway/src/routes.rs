@@ -1,8 +1,9 @@
 //! Which path goes where.
 
 use chassis::health;
-use chassis::http::{self, Params, Route, route};
 use chassis::problem::Problem;
+use chassis::router::{Params, Route, route};
+use chassis::{request, response};
 use rouille::{Request, Response};
 use serde_json::json;
 
@@ -13,8 +14,8 @@ use crate::{App, docs};
 pub const ROUTES: &[Route<App>] = &[
     route("*", "/api/movies/*", movies),
     route("POST", "/api/billing", place_order),
-    route("GET", "/health", |_, _, _| Ok(health::live())),
-    route("GET", "/health/ready", |app, _, _| Ok(health::ready(&app.probes))),
+    route("GET", "/health", |_, _, _| Ok(health::liveness())),
+    route("GET", "/health/ready", |app, _, _| Ok(health::readiness(&app.probes))),
     route("GET", "/openapi.yaml", |_, request, _| Ok(docs::openapi_yaml(request))),
     route("GET", "/openapi.json", |_, request, _| Ok(docs::openapi_json(request))),
     route("GET", "/docs", |_, request, _| Ok(docs::page(request))),
@@ -28,11 +29,11 @@ fn movies(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Prob
 
 /// `POST /api/billing`
 fn place_order(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
-    let key = match http::single_header(request, "Idempotency-Key")? {
+    let key = match request::single_header(request, "Idempotency-Key")? {
         Some(header) => Some(order::idempotency_key(header)?),
         None => None,
     };
-    let text = http::json_text(request)?;
+    let text = request::json_text(request)?;
     if text.len() > order::MAX_BYTES {
         let limit = order::MAX_BYTES;
         return Err(Problem::new(413, format!("an order may have at most {limit} bytes")));
@@ -40,7 +41,7 @@ fn place_order(app: &App, request: &Request, _: &Params<'_>) -> Result<Response,
     let order = Order::parse(&text)?;
     let id = order.message_id(key.as_deref());
     app.publisher.publish(&id, order.body)?;
-    Ok(http::ok(&json!({ "message": "Message posted", "id": id })))
+    Ok(response::ok(&json!({ "message": "Message posted", "id": id })))
 }
 
 /// `GET /docs/{asset}`

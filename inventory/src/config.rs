@@ -17,7 +17,7 @@ impl Config {
     /// Reads it all, or names everything that is missing or malformed.
     pub fn from_env(mut env: Env) -> anyhow::Result<Config> {
         let mut http = server::Config::from_env(&mut env, "INVENTORY");
-        http.limits = http.limits.behind_a_proxy();
+        http.limits = http.limits.with_proxy_headroom();
         let config = Config {
             http,
             db: db::Config::from_env(&mut env, "INVENTORY"),

@@ -52,7 +52,7 @@ pub(crate) fn condition(request: &Request) -> Result<Condition, Problem> {
     let mut condition = Condition::default();
     let tags = |name| match header(request, name) {
         Some(header) => parse(&header).map(Some).ok_or_else(|| {
-            Problem::malformed(format!("{name} must be * or a list of entity tags in quotes"))
+            Problem::bad_request(format!("{name} must be * or a list of entity tags in quotes"))
         }),
         None => Ok(None),
     };

@@ -43,7 +43,7 @@ impl Query {
     pub fn parse(query: &str) -> Result<Query, Problem> {
         // The parser below would put U+FFFD for what is no UTF-8 and go on.
         if percent_decode_str(query).decode_utf8().is_err() {
-            return Err(Problem::malformed("the query is not valid UTF-8"));
+            return Err(Problem::bad_request("the query is not valid UTF-8"));
         }
         let (mut title, mut limit, mut after) = (None, None, None);
         for (name, value) in form_urlencoded::parse(query.as_bytes()) {
@@ -54,7 +54,7 @@ impl Query {
                 _ => continue,
             };
             if known.replace(value).is_some() {
-                return Err(Problem::invalid(&name, "must be given once"));
+                return Err(Problem::invalid_field(&name, "must be given once"));
             }
         }
         let mut faults = Vec::new();
@@ -71,7 +71,7 @@ impl Query {
             None
         });
         if !faults.is_empty() {
-            return Err(Problem::invalid_fields(faults));
+            return Err(Problem::unprocessable(faults));
         }
         // Every title contains the empty text.
         let title = title.map(Cow::into_owned).filter(|title| !title.is_empty());
@@ -167,8 +167,8 @@ impl List {
         let ask = |db: &mut store::Db| Ok(render(separator, &store::page(db, &wanted)?));
         // Whoever asks for a little must not stand behind hundreds of pages of long lists.
         let begun = separator == b',';
-        let page = if begun { self.db.read_giving_way(ask) } else { self.db.read(ask) }?;
-        self.buffer = page.json.map_err(|err| Problem::internal().because(err))?;
+        let page = if begun { self.db.read_background(ask) } else { self.db.read(ask) }?;
+        self.buffer = page.json.map_err(|err| Problem::internal().with_cause(err))?;
         self.left -= page.movies;
         if let Some(last) = page.last {
             self.after = last;

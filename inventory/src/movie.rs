@@ -1,6 +1,6 @@
 //! A movie: its fields, its form in JSON, and what may be said of it.
 
-use chassis::{Problem, http};
+use chassis::{Problem, request};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -36,9 +36,9 @@ pub struct Change {
 /// What a body says of a movie, as it is spelled; other fields are skipped.
 #[derive(Deserialize)]
 struct Body<'b> {
-    #[serde(borrow, default, deserialize_with = "http::present")]
+    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
     title: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "http::present")]
+    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
     description: Option<&'b RawValue>,
 }
 
@@ -48,7 +48,7 @@ type Fault = (String, String);
 impl NewMovie {
     /// Takes a body apart; every field at fault is told at once.
     pub fn from_json(text: &str) -> Result<NewMovie, Problem> {
-        let body: Body<'_> = http::json_object(text)?;
+        let body: Body<'_> = request::json_object(text)?;
         let title = title(body.title)
             .and_then(|title| title.ok_or_else(|| ("title".to_owned(), "is required".to_owned())));
         let (title, description) = both(title, description(body.description))?;
@@ -59,10 +59,10 @@ impl NewMovie {
 impl Change {
     /// Takes a body apart; every field at fault is told at once.
     pub fn from_json(text: &str) -> Result<Change, Problem> {
-        let body: Body<'_> = http::json_object(text)?;
+        let body: Body<'_> = request::json_object(text)?;
         let (title, description) = both(title(body.title), description(body.description))?;
         if title.is_none() && description.is_none() {
-            return Err(Problem::invalid("body", "must have a title or a description"));
+            return Err(Problem::invalid_field("body", "must have a title or a description"));
         }
         Ok(Change { title, description })
     }
@@ -71,7 +71,7 @@ impl Change {
 fn both<A, B>(a: Result<A, Fault>, b: Result<B, Fault>) -> Result<(A, B), Problem> {
     match (a, b) {
         (Ok(a), Ok(b)) => Ok((a, b)),
-        (a, b) => Err(Problem::invalid_fields([a.err(), b.err()].into_iter().flatten().collect())),
+        (a, b) => Err(Problem::unprocessable([a.err(), b.err()].into_iter().flatten().collect())),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The HTTP side: which request means what, and what is answered.
 
-use chassis::http::{self, Params, Route, route};
-use chassis::{Problem, health};
+use chassis::router::{self, Params, Route, route};
+use chassis::{Problem, health, request, response};
 use rouille::{Request, Response};
 
 use crate::App;
@@ -27,10 +27,10 @@ fn list(app: &App, request: &Request, _: &Params) -> Result<Response, Problem> {
 }
 
 fn add(app: &App, request: &Request, _: &Params) -> Result<Response, Problem> {
-    let new = NewMovie::from_json(&http::json_text(request)?)?;
+    let new = NewMovie::from_json(&request::json_text(request)?)?;
     let added = app.db.write(|db| store::add(db, &new))?;
     let location = format!("/api/movies/{}", added.movie.id);
-    Ok(tagged(http::created(location, &added.movie), &added))
+    Ok(tagged(response::created(location, &added.movie), &added))
 }
 
 fn delete_all(app: &App, request: &Request, _: &Params) -> Result<Response, Problem> {
@@ -39,7 +39,7 @@ fn delete_all(app: &App, request: &Request, _: &Params) -> Result<Response, Prob
         return Err(Problem::new(412, "the list of all movies has no entity tag"));
     }
     let deleted = app.db.write(store::delete_all)?;
-    Ok(http::ok(&AllDeleted {
+    Ok(response::ok(&AllDeleted {
         message: format!("Successfully deleted all {deleted} movies."),
         deleted,
     }))
@@ -51,31 +51,31 @@ fn show(app: &App, request: &Request, params: &Params) -> Result<Response, Probl
     if etag::is_known(request, &found.version) {
         return Ok(tagged(Response::empty_204().with_status_code(304), &found));
     }
-    Ok(tagged(http::ok(&found.movie), &found))
+    Ok(tagged(response::ok(&found.movie), &found))
 }
 
 fn change(app: &App, request: &Request, params: &Params) -> Result<Response, Problem> {
     let id = id(params)?;
-    let change = Change::from_json(&http::json_text(request)?)?;
+    let change = Change::from_json(&request::json_text(request)?)?;
     let condition = etag::condition(request)?;
     let outcome = app.db.write(|db| store::change(db, id, &change, &condition))?;
     let changed = done(outcome)?;
-    Ok(tagged(http::ok(&changed.movie), &changed))
+    Ok(tagged(response::ok(&changed.movie), &changed))
 }
 
 fn delete(app: &App, request: &Request, params: &Params) -> Result<Response, Problem> {
     let id = id(params)?;
     let condition = etag::condition(request)?;
     done(app.db.write(|db| store::delete(db, id, &condition))?)?;
-    Ok(http::ok(&Deleted { message: "Movie was deleted successfully.", id }))
+    Ok(response::ok(&Deleted { message: "Movie was deleted successfully.", id }))
 }
 
 fn live(_: &App, _: &Request, _: &Params) -> Result<Response, Problem> {
-    Ok(health::live())
+    Ok(health::liveness())
 }
 
 fn ready(app: &App, _: &Request, _: &Params) -> Result<Response, Problem> {
-    Ok(health::ready(&app.probes))
+    Ok(health::readiness(&app.probes))
 }
 
 /// The answer to the deletion of one movie.
@@ -94,7 +94,7 @@ struct AllDeleted {
 
 /// What cannot be an id is the name of nothing, so it is no malformed request.
 fn id(params: &Params) -> Result<i64, Problem> {
-    http::id(params).ok_or_else(not_found)
+    router::positive_id(params).ok_or_else(not_found)
 }
 
 fn done<T>(outcome: Outcome<T>) -> Result<T, Problem> {

@@ -3,7 +3,7 @@
 //! The version of a movie is PostgreSQL's `xmin`, the transaction that wrote the
 //! row: it changes with every change and costs no column.
 
-use chassis::db::Conn;
+use chassis::db::Connection;
 use postgres::types::Type;
 use postgres::{Client, Error, Row, Statement};
 
@@ -11,7 +11,7 @@ use crate::etag::Condition;
 use crate::movie::{Change, Movie, NewMovie};
 
 /// A pooled connection to the catalogue.
-pub type Db = Conn<Statements>;
+pub type Db = Connection<Statements>;
 
 /// What is prepared once a connection, so that a question is one round trip and
 /// its plan is ready.

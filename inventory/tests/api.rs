@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chassis::testing::{TestDb, eventually, var};
-use chassis::{Env, db, http};
+use chassis::testing::{TestDb, eventually, test_var};
+use chassis::{Env, db, router};
 use inventory::App;
 use inventory::routes::ROUTES;
 use postgres::{Client, NoTls};
@@ -16,16 +16,16 @@ use serde_json::{Value, json};
 
 /// A catalogue of this test's own, empty, and the service in front of it.
 fn inventory() -> (App, TestDb) {
-    let db = TestDb::new(&var("INVENTORY_DB_NAME"));
+    let db = TestDb::new(&test_var("INVENTORY_DB_NAME"));
     (App::new(config(&db.name)).unwrap(), db)
 }
 
 /// As the service has it, but for the database's name.
 fn config(database: &str) -> db::Config {
     let database = database.to_owned();
-    let mut env = Env::of(move |name| match name {
+    let mut env = Env::from_fn(move |name| match name {
         "INVENTORY_DB_NAME" => Some(database.clone()),
-        name => Some(var(name)).filter(|_| name.starts_with("INVENTORY_DB_")),
+        name => Some(test_var(name)).filter(|_| name.starts_with("INVENTORY_DB_")),
     });
     let config = db::Config::from_env(&mut env, "INVENTORY");
     env.finish(config).unwrap()
@@ -67,7 +67,7 @@ impl Reply {
 fn respond(app: &App, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
     let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let request = Request::fake_http(method, path, headers.collect(), body.as_bytes().to_vec());
-    let answer = http::dispatch(ROUTES, app, &request);
+    let answer = router::dispatch(ROUTES, app, &request);
     answer.result.unwrap_or_else(|problem| problem.into_response("test"))
 }
 
@@ -840,7 +840,7 @@ fn a_statement_that_takes_too_long_is_a_503() {
 #[test]
 fn the_service_can_do_in_the_database_only_what_it_does() {
     // A copy has not the rights of the original, so this is the original.
-    let mut service = config(&var("INVENTORY_DB_NAME")).connect().unwrap();
+    let mut service = config(&test_var("INVENTORY_DB_NAME")).connect().unwrap();
     for statement in [
         "create table mine (id int)",
         "create temporary table mine (id int)",
@@ -864,14 +864,15 @@ fn the_service_can_do_in_the_database_only_what_it_does() {
         let refused = service.batch_execute(statement).expect_err(statement);
         assert_eq!(refused.code().map(|code| code.code()), Some("42501"), "{statement}: {refused}");
     }
-    let refused = config(&var("BILLING_DB_NAME")).connect().err().expect("no way to billing_db");
+    let refused =
+        config(&test_var("BILLING_DB_NAME")).connect().err().expect("no way to billing_db");
     assert_eq!(refused.code().map(|code| code.code()), Some("42501"));
     let wrong = postgres::Config::new()
         .host("127.0.0.1")
-        .port(var("INVENTORY_DB_PORT").parse().unwrap())
-        .user(&var("INVENTORY_DB_USER"))
+        .port(test_var("INVENTORY_DB_PORT").parse().unwrap())
+        .user(&test_var("INVENTORY_DB_USER"))
         .password("wrong")
-        .dbname(&var("INVENTORY_DB_NAME"))
+        .dbname(&test_var("INVENTORY_DB_NAME"))
         .connect(NoTls);
     assert_eq!(wrong.err().unwrap().code().map(|code| code.code()), Some("28P01"));
 }

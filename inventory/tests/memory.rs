@@ -3,8 +3,8 @@
 use std::fs;
 use std::io::{self, Read};
 
-use chassis::testing::{TestDb, var};
-use chassis::{Env, db, http};
+use chassis::testing::{TestDb, test_var};
+use chassis::{Env, db, router};
 use inventory::App;
 use inventory::routes::ROUTES;
 use rouille::Request;
@@ -13,31 +13,31 @@ const MOVIES: i64 = 2000;
 
 #[test]
 fn neither_a_list_of_80_megabytes_nor_a_body_full_of_unknown_fields_takes_much_memory() {
-    let database = TestDb::new(&var("INVENTORY_DB_NAME"));
+    let database = TestDb::new(&test_var("INVENTORY_DB_NAME"));
     let fill = "insert into movies (title, description)
         select 'Movie ' || n, repeat('🎬', 10000)
         from generate_series(1, $1::bigint) as n";
     database.superuser().execute(fill, &[&MOVIES]).unwrap();
     let name = database.name.clone();
-    let mut env = Env::of(move |variable| match variable {
+    let mut env = Env::from_fn(move |variable| match variable {
         "INVENTORY_DB_NAME" => Some(name.clone()),
-        other => Some(var(other)).filter(|_| other.starts_with("INVENTORY_DB_")),
+        other => Some(test_var(other)).filter(|_| other.starts_with("INVENTORY_DB_")),
     });
     let app = App::new(db::Config::from_env(&mut env, "INVENTORY")).unwrap();
 
     let one = Request::fake_http("GET", "/api/movies/1", vec![], vec![]);
-    assert_eq!(http::dispatch(ROUTES, &app, &one).result.unwrap().status_code, 200);
+    assert_eq!(router::dispatch(ROUTES, &app, &one).result.unwrap().status_code, 200);
     // As values these objects would take some forty times the room of their text.
     let before = peak_kib();
     let body = format!(r#"{{"title":"x","y":[{}0]}}"#, r#"{"":0},"#.repeat(36_000)).into_bytes();
     let odd = Request::fake_http("PUT", "/api/movies/1", vec![], body);
-    assert_eq!(http::dispatch(ROUTES, &app, &odd).result.unwrap().status_code, 200);
+    assert_eq!(router::dispatch(ROUTES, &app, &odd).result.unwrap().status_code, 200);
     let grown = peak_kib() - before;
     assert!(grown < 2 << 10, "{grown} KiB more for a body");
 
     let before = peak_kib();
     let all = Request::fake_http("GET", "/api/movies", vec![], vec![]);
-    let response = http::dispatch(ROUTES, &app, &all).result.unwrap();
+    let response = router::dispatch(ROUTES, &app, &all).result.unwrap();
     let (reader, size) = response.data.into_reader_and_size();
     assert_eq!(size, None);
     let mut counted = Counted { reader, bytes: 0, titles: 0 };

@@ -25,7 +25,7 @@ fn main() -> anyhow::Result<()> {
     };
     let mut env = Env::load();
     let config = broker::Config::from_env(&mut env, "GATEWAY");
-    let queue = env.text("RABBITMQ_QUEUE");
+    let queue = env.required("RABBITMQ_QUEUE");
     let config = env.finish(config)?;
 
     let (mut connection, _leash) = config.connect("bare publisher")?;

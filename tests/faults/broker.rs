@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use amiquip::{AmqpProperties, Channel, Exchange, Publish, QueueDeleteOptions};
 use chassis::Env;
-use chassis::testing::{eventually, management, var};
+use chassis::testing::{eventually, management_api, test_var};
 use serde_json::Value;
 
 use crate::database::LOCKED as DATABASE_LOCKED;
@@ -135,14 +135,14 @@ const PASSWORDS_CHANGED: Fault = Fault {
     logged: "invalid credentials",
     inject: |platform| {
         for service in ["GATEWAY", "BILLING"] {
-            let user = var(&format!("{service}_RABBITMQ_USER"));
+            let user = test_var(&format!("{service}_RABBITMQ_USER"));
             control(platform, &["change_password", &user, "another"]);
         }
         control(platform, &["close_all_connections", "passwords were changed"]);
         Box::new(|platform| {
             for service in ["GATEWAY", "BILLING"] {
-                let user = var(&format!("{service}_RABBITMQ_USER"));
-                let password = var(&format!("{service}_RABBITMQ_PASSWORD"));
+                let user = test_var(&format!("{service}_RABBITMQ_USER"));
+                let password = test_var(&format!("{service}_RABBITMQ_PASSWORD"));
                 control(platform, &["change_password", &user, &password]);
             }
         })
@@ -343,17 +343,17 @@ struct TakenPolicy {
 
 impl TakenPolicy {
     fn new() -> TakenPolicy {
-        let vhost = var("RABBITMQ_VHOST").replace('/', "%2F");
+        let vhost = test_var("RABBITMQ_VHOST").replace('/', "%2F");
         let path = format!("policies/{vhost}/dead-letters");
-        let policy = management("GET", &path, None);
-        management("DELETE", &path, None);
+        let policy = management_api("GET", &path, None);
+        management_api("DELETE", &path, None);
         TakenPolicy { path, policy }
     }
 }
 
 impl Drop for TakenPolicy {
     fn drop(&mut self) {
-        management("PUT", &self.path, Some(self.policy.take()));
+        management_api("PUT", &self.path, Some(self.policy.take()));
     }
 }
 
@@ -367,11 +367,12 @@ fn small_batches(platform: &Platform, size: u32) {
 
 /// What an operator does to the queue on a connection of their own.
 fn by_hand<T>(work: impl FnOnce(&Channel, &str) -> T) -> T {
-    let mut env = Env::of(|name| Some(var(&name.replace("OPERATOR_RABBITMQ", "RABBITMQ_ADMIN"))));
+    let mut env =
+        Env::from_fn(|name| Some(test_var(&name.replace("OPERATOR_RABBITMQ", "RABBITMQ_ADMIN"))));
     let config = chassis::broker::Config::from_env(&mut env, "OPERATOR");
     let (mut connection, _leash) = config.connect("operator").unwrap();
     let channel = connection.open_channel(None).unwrap();
-    let done = work(&channel, &var("RABBITMQ_QUEUE"));
+    let done = work(&channel, &test_var("RABBITMQ_QUEUE"));
     channel.close().unwrap();
     connection.close().unwrap();
     done

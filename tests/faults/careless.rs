@@ -13,10 +13,11 @@ use amiquip::{
     AmqpProperties, ConsumerMessage, ConsumerOptions, Exchange, Publish, QueueDeclareOptions,
 };
 use chassis::broker;
-use chassis::http::{Answer, ok};
 use chassis::problem::Problem;
-use chassis::testing::var;
-use chassis::turns::Turns;
+use chassis::response::ok;
+use chassis::router::RoutedResponse;
+use chassis::semaphore::FairSemaphore;
+use chassis::testing::test_var;
 use chassis::{Env, Stop, server};
 use rouille::Request;
 use serde_json::{Value, json};
@@ -50,14 +51,17 @@ fn gateway() -> anyhow::Result<()> {
             let _ = std::io::Read::read_to_end(&mut data, &mut body);
         }
         if request.method() == "POST" {
-            let publish =
-                Publish::with_properties(&body, var("RABBITMQ_QUEUE"), AmqpProperties::default());
+            let publish = Publish::with_properties(
+                &body,
+                test_var("RABBITMQ_QUEUE"),
+                AmqpProperties::default(),
+            );
             let channel = channel.lock().unwrap();
             if Exchange::direct(&channel).publish(publish).is_err() {
                 std::process::exit(1);
             }
         }
-        Answer { route: "/", result: Ok::<_, Problem>(ok(&json!({ "status": "ok" }))) }
+        RoutedResponse { route: "/", result: Ok::<_, Problem>(ok(&json!({ "status": "ok" }))) }
     })
 }
 
@@ -69,21 +73,21 @@ fn billing() -> anyhow::Result<()> {
     let (broker, http) = env.finish((broker, http))?;
     std::thread::spawn(move || {
         let answer =
-            |_: &Request| Answer { route: "/", result: Ok(ok(&json!({ "status": "ok" }))) };
+            |_: &Request| RoutedResponse { route: "/", result: Ok(ok(&json!({ "status": "ok" }))) };
         server::run(&http, &Stop::default(), answer)
     });
     let mut db = postgres::Config::new()
-        .host(&var("BILLING_DB_HOST"))
-        .port(var("BILLING_DB_PORT").parse()?)
-        .dbname(&var("BILLING_DB_NAME"))
+        .host(&test_var("BILLING_DB_HOST"))
+        .port(test_var("BILLING_DB_PORT").parse()?)
+        .dbname(&test_var("BILLING_DB_NAME"))
         .application_name("billing")
-        .user(&var("POSTGRES_SUPERUSER"))
-        .password(var("POSTGRES_SUPERUSER_PASSWORD"))
+        .user(&test_var("POSTGRES_SUPERUSER"))
+        .password(test_var("POSTGRES_SUPERUSER_PASSWORD"))
         .connect(postgres::NoTls)?;
     let (mut connection, _leash) = broker.connect("careless billing")?;
     let channel = connection.open_channel(None)?;
     let options = QueueDeclareOptions { durable: true, ..Default::default() };
-    let queue = channel.queue_declare(var("RABBITMQ_QUEUE"), options)?;
+    let queue = channel.queue_declare(test_var("RABBITMQ_QUEUE"), options)?;
     let consumer = queue.consume(ConsumerOptions { no_ack: true, ..Default::default() })?;
     for message in consumer.receiver() {
         let ConsumerMessage::Delivery(delivery) = message else { break };
@@ -107,15 +111,19 @@ struct Movies {
     texts: Mutex<HashMap<u64, String>>,
     last: AtomicU64,
     /// It does one thing at a time and lets everybody wait.
-    desk: Turns,
+    desk: FairSemaphore,
 }
 
 /// A thread for each connection, as many as come; no deadline; done for ever with the
 /// first `accept` that fails; forgets to give back what it took, and letters beyond U+FFFF.
 fn inventory() -> anyhow::Result<()> {
-    let listener =
-        TcpListener::bind(format!("{}:{}", var("INVENTORY_HOST"), var("INVENTORY_PORT")))?;
-    let movies = Movies { texts: Mutex::default(), last: AtomicU64::new(0), desk: Turns::new(1) };
+    let listener = TcpListener::bind(format!(
+        "{}:{}",
+        test_var("INVENTORY_HOST"),
+        test_var("INVENTORY_PORT")
+    ))?;
+    let movies =
+        Movies { texts: Mutex::default(), last: AtomicU64::new(0), desk: FairSemaphore::new(1) };
     let movies = Arc::new(movies);
     for stream in listener.incoming() {
         let Ok(stream) = stream else { break };
@@ -151,7 +159,7 @@ impl Movies {
         }
         let mut body = vec![0; length];
         reader.read_exact(&mut body)?;
-        let turn = self.desk.take(Duration::from_secs(3600));
+        let turn = self.desk.acquire(Duration::from_secs(3600));
         std::thread::park_timeout(Duration::from_millis(2));
         drop(turn);
         let number = self.last.fetch_add(1, Ordering::SeqCst) + 1;

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use chassis::testing::{eventually, var};
+use chassis::testing::{eventually, test_var};
 use postgres::Client;
 
 use crate::Case;
@@ -141,7 +141,7 @@ const EXHAUSTED: Fault = Fault {
     inject: |platform| {
         let limit = |platform: &Platform, connections: i32| {
             let mut admin = platform.connect("BILLING_DB_NAME");
-            for role in [var("BILLING_DB_USER"), var("INVENTORY_DB_USER")] {
+            for role in [test_var("BILLING_DB_USER"), test_var("INVENTORY_DB_USER")] {
                 let alter = format!("alter role {role} connection limit {connections}");
                 admin.batch_execute(&alter).unwrap();
             }

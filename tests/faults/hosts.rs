@@ -7,13 +7,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{self, Command};
 use std::time::{Duration, Instant};
 
-use chassis::testing::var;
+use chassis::testing::test_var;
 
 use crate::load::{Load, What};
 use crate::network::{LINKS, Link, Traffic};
 use crate::platform::{Platform, Program, wait_until};
-use harness::proxy::{Mode, Proxy};
 use crate::{Case, Finds, Outcome, Run};
+use harness::proxy::{Mode, Proxy};
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "hosts-cut-off",
@@ -113,7 +113,7 @@ impl Site {
         let servers: BTreeMap<_, _> = SERVERS
             .into_iter()
             .map(|name| {
-                let [host, port] = ["HOST", "PORT"].map(|part| var(&format!("{name}_{part}")));
+                let [host, port] = ["HOST", "PORT"].map(|part| test_var(&format!("{name}_{part}")));
                 let target = SocketAddr::new(host.parse().unwrap(), port.parse().unwrap());
                 (name, Proxy::start_on(network.address(1), target))
             })

@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chassis::testing::{eventually, var};
+use chassis::testing::{eventually, test_var};
 use serde_json::json;
 
 use crate::Outcome;
-use harness::agent;
 use crate::platform::Platform;
+use harness::agent;
 
 /// How soon all must be well again once a fault is over, in seconds.
 pub(crate) const RECOVERY: u64 = 60;
@@ -307,7 +307,7 @@ fn patience(platform: &Platform, what: What) -> Duration {
         _ => &["PUBLISH"],
     };
     let milliseconds =
-        deadlines.iter().map(|name| var(&format!("GATEWAY_{name}_TIMEOUT_MS")).parse::<u64>());
+        deadlines.iter().map(|name| test_var(&format!("GATEWAY_{name}_TIMEOUT_MS")).parse::<u64>());
     GRACE + Duration::from_millis(milliseconds.map(Result::unwrap).sum())
 }
 

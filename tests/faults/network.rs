@@ -4,12 +4,12 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use chassis::testing::{eventually, var};
+use chassis::testing::{eventually, test_var};
 
 use crate::load::{Load, RECOVERY, What};
 use crate::platform::{Platform, Program, wait_until};
-use harness::proxy::{Direction, Mode, Proxy};
 use crate::{Case, Finds, Outcome, Run};
+use harness::proxy::{Direction, Mode, Proxy};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
@@ -87,7 +87,7 @@ fn through_proxies<'l>(
         for link in links.iter().filter(|link| link.service == name) {
             let [host, port] = ["HOST", "PORT"].map(|part| {
                 let variable = format!("{}_{part}", link.other);
-                stack.env.get(&variable).cloned().unwrap_or_else(|| var(&variable))
+                stack.env.get(&variable).cloned().unwrap_or_else(|| test_var(&variable))
             });
             let target = SocketAddr::new(host.parse().unwrap(), port.parse().unwrap());
             let proxy = Proxy::start(target);

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use chassis::testing::var;
+use chassis::testing::test_var;
 
-use harness::binaries;
 use crate::load::{Load, What};
 use crate::outage::die_with_orders_in_hand;
 use crate::platform::{Platform, Program, wait_until};
 use crate::{Case, Finds, Outcome, Run};
+use harness::binaries;
 
 pub(crate) const CASES: &[Case] = &[
     Case {
@@ -55,7 +55,7 @@ impl<'p> Pm2<'p> {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(var("MATINEE_PM2"));
+        let mut command = Command::new(test_var("MATINEE_PM2"));
         command
             .args(arguments)
             .arg("--silent")

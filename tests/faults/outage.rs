@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use chassis::testing::eventually;
 
-use harness::agent;
 use crate::load::{Load, RECOVERY, What};
 use crate::platform::{Platform, Program, wait_until};
 use crate::{Case, Finds, Outcome, Run};
+use harness::agent;
 
 /// One thing that is done to a server.
 pub(crate) struct Fault {

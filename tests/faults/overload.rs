@@ -20,9 +20,9 @@ use nix::sys::time::TimeSpec;
 use socket2::{Domain, Socket, Type};
 
 use crate::clients::{find, order, percentile, read_head};
-use harness::agent;
 use crate::platform::Program;
 use crate::{Case, Finds, Outcome, Run};
+use harness::agent;
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "overload",

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chassis::testing::{eventually, management, var};
+use chassis::testing::{eventually, management_api, test_var};
 use postgres::{Client, NoTls};
 
 use crate::careless;
-use harness::{Service, Stack, agent};
 use crate::load::RECOVERY;
+use harness::{Service, Stack, agent};
 
 /// How soon a service that has ended is started anew.
 const RESTART: Duration = Duration::from_millis(20);
@@ -90,7 +90,7 @@ impl Platform {
     pub(crate) fn servers(&self, command: &str, arguments: &[&str]) -> String {
         let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../provision/dev-servers"))
             .arg(command)
-            .arg(var("MATINEE_TEST_SERVERS_DIR"))
+            .arg(test_var("MATINEE_TEST_SERVERS_DIR"))
             .args(arguments)
             .stdin(Stdio::null())
             .output()
@@ -104,10 +104,10 @@ impl Platform {
     pub(crate) fn connect(&self, database: &str) -> Client {
         postgres::Config::new()
             .host("127.0.0.1")
-            .port(var("POSTGRES_PORT").parse().unwrap())
-            .user(&var("POSTGRES_SUPERUSER"))
-            .password(var("POSTGRES_SUPERUSER_PASSWORD"))
-            .dbname(&var(database))
+            .port(test_var("POSTGRES_PORT").parse().unwrap())
+            .user(&test_var("POSTGRES_SUPERUSER"))
+            .password(test_var("POSTGRES_SUPERUSER_PASSWORD"))
+            .dbname(&test_var(database))
             .connect(NoTls)
             .unwrap()
     }
@@ -149,16 +149,16 @@ impl Platform {
 
     /// Waits until everything in the queue is booked or rejected.
     pub(crate) fn await_empty_queue(&self) {
-        let queue = var("RABBITMQ_QUEUE");
+        let queue = test_var("RABBITMQ_QUEUE");
         eventually("the queue is empty", 120, || (self.depth(&queue) == 0).then_some(()));
     }
 
     /// Empties the queue of dead letters; how many there were.
     pub(crate) fn purge_dead_letters(&self) -> usize {
-        let queue = format!("{}.dead", var("RABBITMQ_QUEUE"));
+        let queue = format!("{}.dead", test_var("RABBITMQ_QUEUE"));
         let depth = self.depth(&queue);
-        let vhost = var("RABBITMQ_VHOST").replace('/', "%2F");
-        management("DELETE", &format!("queues/{vhost}/{queue}/contents"), None);
+        let vhost = test_var("RABBITMQ_VHOST").replace('/', "%2F");
+        management_api("DELETE", &format!("queues/{vhost}/{queue}/contents"), None);
         depth
     }
 

@@ -5,14 +5,14 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use amiquip::{AmqpProperties, AmqpValue, Channel, Confirm, Connection, FieldTable, Get, Publish};
-use chassis::broker::{self, Leash};
+use chassis::broker::{self, SocketDeadline};
 use chassis::env::Env;
-use chassis::testing::{eventually, management, var};
+use chassis::testing::{eventually, management_api, test_var};
 use crossbeam_channel::Receiver;
 
-use harness::binaries;
 use crate::platform::{Platform, Program, resident};
 use crate::{Case, Finds, Outcome, Run};
+use harness::binaries;
 
 pub(crate) const CASES: &[Case] = &[
     Case {
@@ -49,7 +49,7 @@ fn poison(run: &mut Run<'_>) -> Outcome {
     let good = run.either(3_000, 100_000);
     let mut outcome = Outcome { load: format!("{good} orders, 1% bad"), ..Outcome::default() };
     let platform = &*run.platform;
-    let dead = format!("{}.dead", var("RABBITMQ_QUEUE"));
+    let dead = format!("{}.dead", test_var("RABBITMQ_QUEUE"));
     platform.purge_dead_letters();
     let orders = |name: &str| {
         let one = |number| {
@@ -225,7 +225,7 @@ fn large(run: &mut Run<'_>) -> Outcome {
     let mut lock = platform.connect("BILLING_DB_NAME");
     lock.batch_execute("begin; lock table orders in access exclusive mode").unwrap();
     platform.billing.restart(&stack, Program::Real);
-    let queue = var("RABBITMQ_QUEUE");
+    let queue = test_var("RABBITMQ_QUEUE");
     let mut peak = 0;
     let locked_until = Instant::now() + Duration::from_secs(6);
     eventually("the time of the lock is over", 60, || {
@@ -244,7 +244,7 @@ fn large(run: &mut Run<'_>) -> Outcome {
     outcome.peak_memory = peak;
     if run.control {
         // What is left is of no use to anybody.
-        management("DELETE", &format!("queues/%2F/{queue}/contents"), None);
+        management_api("DELETE", &format!("queues/%2F/{queue}/contents"), None);
         outcome.wrong.extend((peak > LIMIT).then(|| format!("billing takes {} MB", peak >> 20)));
         platform.billing.replace(Program::Real);
         return outcome;
@@ -392,9 +392,9 @@ fn absurd(number: usize) -> AmqpProperties {
 }
 
 /// As the user for people: anybody's publisher.
-fn connect() -> (Connection, Leash) {
-    let mut env = Env::of(|name| match name.strip_prefix("DRIVER_RABBITMQ_") {
-        Some(rest) => Some(var(&format!("RABBITMQ_ADMIN_{rest}"))),
+fn connect() -> (Connection, SocketDeadline) {
+    let mut env = Env::from_fn(|name| match name.strip_prefix("DRIVER_RABBITMQ_") {
+        Some(rest) => Some(test_var(&format!("RABBITMQ_ADMIN_{rest}"))),
         None => std::env::var(name).ok(),
     });
     let config = broker::Config::from_env(&mut env, "DRIVER");
@@ -435,8 +435,11 @@ fn await_confirms(confirms: &Receiver<Confirm>, sent: u64, confirmed: &mut u64) 
 }
 
 fn publish(channel: &Channel, message: &Message) -> amiquip::Result<()> {
-    let publish =
-        Publish::with_properties(&message.body, var("RABBITMQ_QUEUE"), message.properties.clone());
+    let publish = Publish::with_properties(
+        &message.body,
+        test_var("RABBITMQ_QUEUE"),
+        message.properties.clone(),
+    );
     channel.basic_publish("", publish)
 }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use chassis::testing::{eventually, var};
+use chassis::testing::{eventually, test_var};
 
 use crate::clients::{self, Crowd, Seen, Slow, get, good_client};
 use crate::load::{Load, RECOVERY, What};
@@ -63,11 +63,13 @@ impl Target {
     pub(crate) fn new(platform: &Platform, name: &'static str) -> Target {
         let stack = &platform.stack;
         let address = |port| SocketAddr::from((stack.address, port));
-        let places = |variable| var(variable).parse().unwrap();
+        let places = |variable| test_var(variable).parse().unwrap();
         let (address, large, places) = match name {
-            "gateway" => {
-                (address(3000), "/docs/swagger-ui-bundle.js", places("GATEWAY_HTTP_MAX_CONNECTIONS"))
-            }
+            "gateway" => (
+                address(3000),
+                "/docs/swagger-ui-bundle.js",
+                places("GATEWAY_HTTP_MAX_CONNECTIONS"),
+            ),
             "inventory" => (address(8080), "/api/movies", places("INVENTORY_HTTP_MAX_CONNECTIONS")),
             _ => (address(8081), "/health", places("BILLING_HTTP_MAX_CONNECTIONS")),
         };

@@ -9,9 +9,9 @@ use std::thread;
 use serde_json::{Value, json};
 use ureq::Agent;
 
-use harness::agent;
 use crate::platform::Program;
 use crate::{Case, Finds, Outcome, Run};
+use harness::agent;
 
 pub(crate) const CASES: &[Case] = &[
     Case {

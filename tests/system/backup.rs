@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use chassis::testing::{TestDb, var};
+use chassis::testing::{TestDb, test_var};
 use postgres::{Client, NoTls};
 
 const LOCAL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../provision/local");
@@ -28,7 +28,7 @@ const ORDERS: &str = r"
 
 #[test]
 fn a_restored_backup_has_every_row_every_right_and_goes_on_with_the_next_id() {
-    let template = [var("INVENTORY_DB_NAME"), var("BILLING_DB_NAME")];
+    let template = [test_var("INVENTORY_DB_NAME"), test_var("BILLING_DB_NAME")];
     let [old, new] = [0, 1].map(|_| template.each_ref().map(|name| TestDb::new(name)));
     old[0].superuser().batch_execute(MOVIES).unwrap();
     old[1].superuser().batch_execute(ORDERS).unwrap();
@@ -74,9 +74,9 @@ fn run(command: &str, directory: &Path, databases: &[TestDb; 2]) {
 fn connect(service: &str, database: &str) -> Client {
     postgres::Config::new()
         .host("127.0.0.1")
-        .port(var("POSTGRES_PORT").parse().unwrap())
-        .user(&var(&format!("{service}_DB_USER")))
-        .password(var(&format!("{service}_DB_PASSWORD")))
+        .port(test_var("POSTGRES_PORT").parse().unwrap())
+        .user(&test_var(&format!("{service}_DB_USER")))
+        .password(test_var(&format!("{service}_DB_PASSWORD")))
         .dbname(database)
         .connect(NoTls)
         .unwrap()

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use chassis::testing::{TestDb, TestVhost, eventually, var};
+use chassis::testing::{TestDb, TestVhost, eventually, test_var};
 
 use harness::Stack;
 
@@ -139,7 +139,7 @@ fn a_deadline_that_runs_is_kept_when_the_clock_jumps() {
 
 #[test]
 fn a_clock_that_jumps_on_billings_machine_makes_it_forget_no_message_id_early() {
-    let orders = TestDb::new(&var("BILLING_DB_NAME"));
+    let orders = TestDb::new(&test_var("BILLING_DB_NAME"));
     let vhost = TestVhost::new();
     let mut stack = Stack::new();
     stack.set("BILLING_DB_NAME", &orders.name).set("RABBITMQ_VHOST", &vhost.name);

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use chassis::testing::{TestDb, eventually, http_corpus as corpus, var};
+use chassis::testing::{TestDb, eventually, http_corpus as corpus, test_var};
 
 use harness::{Service, Stack, agent, post};
 
@@ -35,7 +35,7 @@ struct Catalogue {
 impl Catalogue {
     /// With one movie in it.
     fn start() -> Catalogue {
-        let db = TestDb::new(&var("INVENTORY_DB_NAME"));
+        let db = TestDb::new(&test_var("INVENTORY_DB_NAME"));
         let mut stack = Stack::new();
         stack.set("INVENTORY_DB_NAME", &db.name);
         let inventory = stack.start_and_wait("inventory");

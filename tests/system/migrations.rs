@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, id};
 
-use chassis::testing::{TestDb, var};
+use chassis::testing::{TestDb, test_var};
 
 #[test]
 fn every_migration_of_movies_db_has_a_way_back() {
@@ -54,7 +54,7 @@ struct Stairs {
 
 impl Stairs {
     fn new(migrations: &str, service: &str) -> Stairs {
-        let setting = |suffix: &str| var(&format!("{service}_DB_{suffix}"));
+        let setting = |suffix: &str| test_var(&format!("{service}_DB_{suffix}"));
         let db = TestDb::new("template0");
         let owner = setting("OWNER");
         db.superuser()
@@ -86,9 +86,9 @@ impl Stairs {
     fn schema(&self) -> String {
         let mut command = Command::new("pg_dump");
         command.args(["--schema-only", "--exclude-table", "schema_migrations"]);
-        command.args(["--host", "127.0.0.1", "--username", &var("POSTGRES_SUPERUSER")]);
-        command.args(["--port", &var("POSTGRES_PORT"), &self.db.name]);
-        command.env("PGPASSWORD", var("POSTGRES_SUPERUSER_PASSWORD"));
+        command.args(["--host", "127.0.0.1", "--username", &test_var("POSTGRES_SUPERUSER")]);
+        command.args(["--port", &test_var("POSTGRES_PORT"), &self.db.name]);
+        command.env("PGPASSWORD", test_var("POSTGRES_SUPERUSER_PASSWORD"));
         let dump = run(command);
         // pg_dump guards its script with a word that is another one each time.
         let guards = [r"\restrict ", r"\unrestrict "];

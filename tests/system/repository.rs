@@ -168,7 +168,5 @@ fn the_advisories_that_the_readme_lists_are_those_of_the_lock_file_and_nobody_ca
 /// Every file in this folder and the folders in it.
 fn sources(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    entries
-        .flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] })
-        .collect()
+    entries.flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] }).collect()
 }

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD_NO_PAD;
-use chassis::testing::{TestDb, TestVhost, eventually, management, var};
+use chassis::testing::{TestDb, TestVhost, eventually, management_api, test_var};
 use serde_json::json;
 
 use harness::{Service, Stack, agent};
@@ -74,7 +74,7 @@ struct Logins {
 
 impl Logins {
     fn make(stack: &mut Stack, vhost: &TestVhost, passwords: &mut Vec<String>) -> Logins {
-        let database = TestDb::new(&var("INVENTORY_DB_NAME"));
+        let database = TestDb::new(&test_var("INVENTORY_DB_NAME"));
         let mut logins = Logins { database, names: Vec::new() };
         for service in ["INVENTORY", "BILLING", "GATEWAY"] {
             let name = format!("{}_{}", vhost.name, service.to_lowercase());
@@ -89,10 +89,10 @@ impl Logins {
             }
             if service != "INVENTORY" {
                 let user = json!({ "password": password, "tags": "" });
-                management("PUT", &format!("users/{name}"), Some(user));
+                management_api("PUT", &format!("users/{name}"), Some(user));
                 let rights = json!({ "configure": ".*", "write": ".*", "read": ".*" });
                 let path = format!("permissions/{}/{name}", vhost.name);
-                management("PUT", &path, Some(rights));
+                management_api("PUT", &path, Some(rights));
                 stack.set(&format!("{service}_RABBITMQ_USER"), &name);
                 stack.set(&format!("{service}_RABBITMQ_PASSWORD"), &password);
             }
@@ -107,7 +107,7 @@ impl Drop for Logins {
     fn drop(&mut self) {
         for name in &self.names {
             let _ = self.database.superuser().batch_execute(&format!("drop role if exists {name}"));
-            management("DELETE", &format!("users/{name}"), None);
+            management_api("DELETE", &format!("users/{name}"), None);
         }
     }
 }
@@ -153,7 +153,7 @@ fn ask_everything(stack: &Stack, private: &str) -> String {
 
 #[test]
 fn no_log_no_answer_and_no_error_holds_a_credential_or_what_a_client_sent() {
-    let orders = TestDb::new(&var("BILLING_DB_NAME"));
+    let orders = TestDb::new(&test_var("BILLING_DB_NAME"));
     let vhost = TestVhost::new();
     let private = format!("{MARK}-private");
     let mut secrets = vec![private.clone()];
@@ -246,7 +246,10 @@ fn a_refusal_to_start_names_the_variable_and_never_its_value() {
             "billing",
             ["BILLING_DB_PORT", "RABBITMQ_HOST", "BILLING_BATCH_SIZE", "BILLING_METRICS_LISTEN"],
         ),
-        ("gateway", ["RABBITMQ_PORT", "GATEWAY_HTTP_MAX_CONNECTIONS", "GATEWAY_HOST", "INVENTORY_HOST"]),
+        (
+            "gateway",
+            ["RABBITMQ_PORT", "GATEWAY_HTTP_MAX_CONNECTIONS", "GATEWAY_HOST", "INVENTORY_HOST"],
+        ),
     ] {
         let mut stack = Stack::new();
         for name in names {
@@ -280,9 +283,9 @@ fn no_command_line_of_the_provisioning_holds_a_credential() {
         let mut child = Command::new(script)
             .arg("INVENTORY")
             .env("PGHOST", "127.0.0.1")
-            .env("PGPORT", var("POSTGRES_PORT"))
-            .env("PGUSER", var("POSTGRES_SUPERUSER"))
-            .env("PGPASSWORD", var("POSTGRES_SUPERUSER_PASSWORD"))
+            .env("PGPORT", test_var("POSTGRES_PORT"))
+            .env("PGUSER", test_var("POSTGRES_SUPERUSER"))
+            .env("PGPASSWORD", test_var("POSTGRES_SUPERUSER_PASSWORD"))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();

@@ -3,7 +3,7 @@
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use chassis::testing::{TestDb, TestVhost, eventually, management, var};
+use chassis::testing::{TestDb, TestVhost, eventually, management_api, test_var};
 use serde_json::{Value, json};
 
 use harness::{Service, Stack, agent, post};
@@ -18,8 +18,8 @@ struct System {
 
 impl System {
     fn new() -> System {
-        let movies = TestDb::new(&var("INVENTORY_DB_NAME"));
-        let orders = TestDb::new(&var("BILLING_DB_NAME"));
+        let movies = TestDb::new(&test_var("INVENTORY_DB_NAME"));
+        let orders = TestDb::new(&test_var("BILLING_DB_NAME"));
         let vhost = TestVhost::new();
         let mut stack = Stack::new();
         stack.set("INVENTORY_DB_NAME", &movies.name);
@@ -212,13 +212,13 @@ fn two_gateways_take_turns_on_one_port_without_refusing_anyone() {
 fn garbage_that_anybody_publishes_goes_to_the_dead_letters_and_billing_goes_on() {
     let system = System::new();
     let _billing = system.stack.start_and_wait("billing");
-    let queue = var("RABBITMQ_QUEUE");
+    let queue = test_var("RABBITMQ_QUEUE");
     let publish = |payload: &str| {
         let path = format!("exchanges/{}/amq.default/publish", system.vhost.name);
         let message = json!({
             "properties": {}, "routing_key": queue, "payload": payload, "payload_encoding": "string"
         });
-        management("POST", &path, Some(message))["routed"] == true
+        management_api("POST", &path, Some(message))["routed"] == true
     };
     eventually("the queue is there", 20, || publish("not an order").then_some(()));
     assert!(publish(r#"{"user_id":"by hand","number_of_items":"1","total_amount":"2.50"}"#));
@@ -227,7 +227,7 @@ fn garbage_that_anybody_publishes_goes_to_the_dead_letters_and_billing_goes_on()
     let look = json!({ "count": 10, "ackmode": "ack_requeue_true", "encoding": "auto" });
     // Orders do not wait for dead letters: those may come a moment later.
     let dead = eventually("a dead letter is there", 20, || {
-        let dead = management("POST", &path, Some(look.clone()));
+        let dead = management_api("POST", &path, Some(look.clone()));
         dead.as_array().is_some_and(|found| !found.is_empty()).then_some(dead)
     });
     assert_eq!(dead.as_array().map(Vec::len), Some(1), "{dead}");

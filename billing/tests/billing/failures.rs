@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use chassis::testing::{eventually, management};
+use chassis::testing::{eventually, management_api};
 use postgres::Client;
 
 use crate::harness::{Shop, booked, get, numbered, order};
@@ -101,7 +101,7 @@ fn a_message_that_kills_the_process_is_given_up_and_takes_no_neighbour_with_it()
         let pattern = format!("^{}$", shop.config().dead_queue().replace('.', "[.]"));
         let body =
             serde_json::json!({ "pattern": pattern, "priority": 9, "definition": definition });
-        management(kind, &policy, Some(body));
+        management_api(kind, &policy, Some(body));
     };
     // At first no dead letter can be written.
     refuse("PUT", serde_json::json!(0));
@@ -288,7 +288,7 @@ fn a_queue_that_is_deleted_is_declared_again() {
     shop.await_orders(1, 10);
     let (vhost, config) = (&shop.vhost.name, shop.config());
     for queue in [&config.dead_queue(), &config.queue] {
-        management("DELETE", &format!("queues/{vhost}/{queue}"), None);
+        management_api("DELETE", &format!("queues/{vhost}/{queue}"), None);
     }
     shop.post(&[("2", order(2)), ("3", "garbage".to_owned())]);
     shop.await_orders(2, 10);

@@ -11,8 +11,8 @@ use amiquip::{AmqpProperties, AmqpValue, Connection, QueueDeleteOptions};
 use billing::config::Config;
 use billing::consume;
 use billing::publish::{Letter, Publisher};
-use chassis::broker::{self, Leash};
-use chassis::testing::{TestDb, TestVhost, eventually, management, var};
+use chassis::broker::{self, SocketDeadline};
+use chassis::testing::{TestDb, TestVhost, eventually, management_api, test_var};
 use chassis::{Env, Stop};
 use postgres::Client;
 
@@ -33,7 +33,7 @@ pub(crate) struct Dead {
 
 impl Shop {
     pub(crate) fn new() -> Shop {
-        let (db, vhost) = (TestDb::new(&var("BILLING_DB_NAME")), TestVhost::new());
+        let (db, vhost) = (TestDb::new(&test_var("BILLING_DB_NAME")), TestVhost::new());
         let port = || {
             let free = TcpListener::bind("127.0.0.1:0").unwrap();
             free.local_addr().unwrap().port().to_string()
@@ -55,7 +55,7 @@ impl Shop {
 
     pub(crate) fn config(&self) -> Config {
         let settings = self.settings.clone();
-        Config::from_env(Env::of(move |name| {
+        Config::from_env(Env::from_fn(move |name| {
             settings.get(name).cloned().or_else(|| std::env::var(name).ok())
         }))
         .unwrap()
@@ -93,10 +93,10 @@ impl Shop {
     /// As the administrator, who may do what the service may not.
     pub(crate) fn admin(&self) -> broker::Config {
         let vhost = self.vhost.name.clone();
-        let mut env = Env::of(move |name| match name {
+        let mut env = Env::from_fn(move |name| match name {
             "RABBITMQ_VHOST" => Some(vhost.clone()),
-            "ADMIN_RABBITMQ_USER" => Some(var("RABBITMQ_ADMIN_USER")),
-            "ADMIN_RABBITMQ_PASSWORD" => Some(var("RABBITMQ_ADMIN_PASSWORD")),
+            "ADMIN_RABBITMQ_USER" => Some(test_var("RABBITMQ_ADMIN_USER")),
+            "ADMIN_RABBITMQ_PASSWORD" => Some(test_var("RABBITMQ_ADMIN_PASSWORD")),
             name => std::env::var(name).ok(),
         });
         let config = broker::Config::from_env(&mut env, "ADMIN");
@@ -154,7 +154,7 @@ impl Shop {
 
     /// Returns how many messages were in the queue after all.
     pub(crate) fn delete_queue_when_all_is_delivered(&self) -> u32 {
-        let (mut connection, _leash): (Connection, Leash) =
+        let (mut connection, _leash): (Connection, SocketDeadline) =
             self.admin().connect("operator").unwrap();
         let channel = connection.open_channel(None).unwrap();
         let queue = self.config().queue;
@@ -167,7 +167,8 @@ impl Shop {
 
     /// What a consumer does that dies: so many messages will be delivered again.
     pub(crate) fn deliver_without_acknowledging(&self, count: usize) {
-        let (mut connection, _leash): (Connection, Leash) = self.admin().connect("test").unwrap();
+        let (mut connection, _leash): (Connection, SocketDeadline) =
+            self.admin().connect("test").unwrap();
         let channel = connection.open_channel(None).unwrap();
         for _ in 0..count {
             assert!(channel.basic_get(self.config().queue, false).unwrap().is_some());
@@ -178,7 +179,8 @@ impl Shop {
 
     /// Leaves a second copy of the only dead letter, as a lost confirm would.
     pub(crate) fn copy_dead(&self) {
-        let (mut connection, _leash): (Connection, Leash) = self.admin().connect("test").unwrap();
+        let (mut connection, _leash): (Connection, SocketDeadline) =
+            self.admin().connect("test").unwrap();
         let channel = connection.open_channel(None).unwrap();
         let queue = self.config().dead_queue();
         let got = channel.basic_get(queue.as_str(), true).unwrap().unwrap();
@@ -201,7 +203,8 @@ impl Shop {
 
     /// Takes all there are.
     pub(crate) fn take_dead(&self) -> Vec<Dead> {
-        let (mut connection, _leash): (Connection, Leash) = self.admin().connect("test").unwrap();
+        let (mut connection, _leash): (Connection, SocketDeadline) =
+            self.admin().connect("test").unwrap();
         let channel = connection.open_channel(None).unwrap();
         let mut dead = Vec::new();
         while let Some(got) = channel.basic_get(self.config().dead_queue(), true).unwrap() {
@@ -232,13 +235,16 @@ impl Shop {
     /// Breaks every connection of billing to the broker; returns how many there were.
     pub(crate) fn break_broker_connections(&self) -> usize {
         let connections =
-            management("GET", &format!("vhosts/{}/connections", self.vhost.name), None);
+            management_api("GET", &format!("vhosts/{}/connections", self.vhost.name), None);
         let connections = connections.as_array().cloned().unwrap_or_default();
-        let ours =
-            connections.iter().filter(|it| it["user"] == var("BILLING_RABBITMQ_USER").as_str());
+        let ours = connections
+            .iter()
+            .filter(|it| it["user"] == test_var("BILLING_RABBITMQ_USER").as_str());
         let names = ours.filter_map(|it| it["name"].as_str());
         let path = |name: &str| name.replace('%', "%25").replace(' ', "%20").replace('>', "%3E");
-        names.map(|name| management("DELETE", &format!("connections/{}", path(name)), None)).count()
+        names
+            .map(|name| management_api("DELETE", &format!("connections/{}", path(name)), None))
+            .count()
     }
 }
 
@@ -281,7 +287,7 @@ pub(crate) struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.stop.raise();
+        self.stop.request();
         if let Some(thread) = self.thread.take() {
             let ended = thread.join();
             assert!(ended.is_ok() || thread::panicking(), "the consumer panicked");

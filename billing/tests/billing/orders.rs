@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use chassis::testing::{eventually, management};
+use chassis::testing::{eventually, management_api};
 
 use crate::harness::{Shop, booked, get, numbered, order};
 use crate::raw;
@@ -259,9 +259,9 @@ fn what_became_of_the_messages_is_counted() {
 fn without_the_policy_dead_letters_are_kept_all_the_same() {
     let shop = Shop::new();
     let vhost = &shop.vhost.name;
-    for policy in management("GET", &format!("policies/{vhost}"), None).as_array().unwrap() {
+    for policy in management_api("GET", &format!("policies/{vhost}"), None).as_array().unwrap() {
         let name = policy["name"].as_str().unwrap();
-        management("DELETE", &format!("policies/{vhost}/{name}"), None);
+        management_api("DELETE", &format!("policies/{vhost}/{name}"), None);
     }
     let _billing = shop.consume();
     shop.post(&[("", "garbage".to_owned()), ("good", order(1))]);

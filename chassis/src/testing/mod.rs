@@ -21,7 +21,7 @@ fn unique(what: &str) -> String {
 }
 
 /// A variable of the test servers; a test without servers fails, it does not skip.
-pub fn var(name: &str) -> String {
+pub fn test_var(name: &str) -> String {
     let value = std::env::var(name).ok();
     assert!(
         value.is_some() && std::env::var("MATINEE_TEST_SERVERS_DIR").is_ok(),
@@ -68,9 +68,9 @@ impl TestDb {
     fn connect_as_superuser(database: &str) -> Client {
         postgres::Config::new()
             .host("127.0.0.1")
-            .port(var("POSTGRES_PORT").parse().unwrap())
-            .user(&var("POSTGRES_SUPERUSER"))
-            .password(var("POSTGRES_SUPERUSER_PASSWORD"))
+            .port(test_var("POSTGRES_PORT").parse().unwrap())
+            .user(&test_var("POSTGRES_SUPERUSER"))
+            .password(test_var("POSTGRES_SUPERUSER_PASSWORD"))
             .dbname(database)
             .connect(NoTls)
             .unwrap()
@@ -96,18 +96,18 @@ impl TestVhost {
     /// Makes one with the permissions and policies of the virtual host in `RABBITMQ_VHOST`.
     pub fn new() -> TestVhost {
         let name = unique("test");
-        management("PUT", &format!("vhosts/{name}"), None);
+        management_api("PUT", &format!("vhosts/{name}"), None);
         let vhost = TestVhost { name };
-        let original = var("RABBITMQ_VHOST").replace('/', "%2F");
-        for permission in list(&format!("vhosts/{original}/permissions")) {
+        let original = test_var("RABBITMQ_VHOST").replace('/', "%2F");
+        for permission in management_list(&format!("vhosts/{original}/permissions")) {
             let user = permission["user"].as_str().unwrap_or_default();
             let path = format!("permissions/{}/{user}", vhost.name);
-            management("PUT", &path, Some(permission.clone()));
+            management_api("PUT", &path, Some(permission.clone()));
         }
-        for policy in list(&format!("policies/{original}")) {
+        for policy in management_list(&format!("policies/{original}")) {
             let policy_name = policy["name"].as_str().unwrap_or_default();
             let path = format!("policies/{}/{policy_name}", vhost.name);
-            management("PUT", &path, Some(policy.clone()));
+            management_api("PUT", &path, Some(policy.clone()));
         }
         vhost
     }
@@ -121,18 +121,22 @@ impl Default for TestVhost {
 
 impl Drop for TestVhost {
     fn drop(&mut self) {
-        management("DELETE", &format!("vhosts/{}", self.name), None);
+        management_api("DELETE", &format!("vhosts/{}", self.name), None);
     }
 }
 
-fn list(path: &str) -> Vec<serde_json::Value> {
-    management("GET", path, None).as_array().cloned().unwrap_or_default()
+fn management_list(path: &str) -> Vec<serde_json::Value> {
+    management_api("GET", path, None).as_array().cloned().unwrap_or_default()
 }
 
 /// A call of the broker's management API (`path` after `/api/`); its JSON answer, or null.
-pub fn management(method: &str, path: &str, body: Option<serde_json::Value>) -> serde_json::Value {
-    let port = var("RABBITMQ_MANAGEMENT_PORT");
-    let (user, password) = (var("RABBITMQ_ADMIN_USER"), var("RABBITMQ_ADMIN_PASSWORD"));
+pub fn management_api(
+    method: &str,
+    path: &str,
+    body: Option<serde_json::Value>,
+) -> serde_json::Value {
+    let port = test_var("RABBITMQ_MANAGEMENT_PORT");
+    let (user, password) = (test_var("RABBITMQ_ADMIN_USER"), test_var("RABBITMQ_ADMIN_PASSWORD"));
     let request = ureq::http::Request::builder()
         .method(method)
         .uri(format!("http://127.0.0.1:{port}/api/{path}"))

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use chassis::testing::{TestDb, eventually, var};
+use chassis::testing::{TestDb, eventually, test_var};
 use socket2::{Domain, Socket, Type};
 
 use crate::forward::{Upstream, gateway, ok, status_of};
@@ -231,7 +231,7 @@ fn what_inventory_answers_opens_nothing_however_bad_it_is() {
 
 #[test]
 fn while_inventory_is_stopped_all_are_answered_and_afterwards_all_is_well() {
-    let movies = TestDb::new(&var("INVENTORY_DB_NAME"));
+    let movies = TestDb::new(&test_var("INVENTORY_DB_NAME"));
     let mut stack = Stack::new();
     stack.set("INVENTORY_DB_NAME", &movies.name);
     stack.set("RABBITMQ_HOST", stack.address);

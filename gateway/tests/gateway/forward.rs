@@ -7,8 +7,8 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::{Service, Stack, agent, raw};
 use chassis::testing::eventually;
+use harness::{Service, Stack, agent, raw};
 
 /// Stands where inventory would: hands every request it reads to `answer`, which
 /// writes what it likes; `false` ends the connection.

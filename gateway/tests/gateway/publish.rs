@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chassis::testing::{TestVhost, eventually, management, var};
+use chassis::testing::{TestVhost, eventually, management_api, test_var};
 use serde_json::{Value, json};
 
-use harness::{Service, Stack, agent, post};
 use harness::proxy::{Mode, Proxy};
+use harness::{Service, Stack, agent, post};
 
 const ORDER: &str = r#"{ "user_id": "20", "number_of_items": 99, "total_amount": 29.90 }"#;
 
@@ -55,9 +55,9 @@ fn user_of(message: &Value) -> String {
 
 /// Takes the messages off the queue.
 fn queued(vhost: &TestVhost) -> Vec<Value> {
-    let path = format!("queues/{}/{}/get", vhost.name, var("RABBITMQ_QUEUE"));
+    let path = format!("queues/{}/{}/get", vhost.name, test_var("RABBITMQ_QUEUE"));
     let ask = json!({ "count": 1000, "ackmode": "ack_requeue_false", "encoding": "auto" });
-    management("POST", &path, Some(ask)).as_array().cloned().unwrap_or_default()
+    management_api("POST", &path, Some(ask)).as_array().cloned().unwrap_or_default()
 }
 
 #[test]
@@ -234,10 +234,11 @@ fn connections_cut_by_the_broker_under_load_lose_no_confirmed_order() {
     let mut cut = 0;
     // The broker lists a new connection some seconds late.
     eventually("three connections are cut", 60, || {
-        let connections = management("GET", &format!("vhosts/{}/connections", vhost.name), None);
+        let connections =
+            management_api("GET", &format!("vhosts/{}/connections", vhost.name), None);
         for connection in connections.as_array().into_iter().flatten() {
             let name = connection["name"].as_str().unwrap().replace(' ', "%20").replace('>', "%3E");
-            management("DELETE", &format!("connections/{name}"), None);
+            management_api("DELETE", &format!("connections/{name}"), None);
             cut += 1;
         }
         thread::park_timeout(Duration::from_millis(200));
@@ -264,7 +265,11 @@ fn connections_cut_by_the_broker_under_load_lose_no_confirmed_order() {
 #[test]
 fn a_deleted_queue_costs_a_503_and_is_declared_anew() {
     let (stack, gateway, vhost) = gateway();
-    management("DELETE", &format!("queues/{}/{}", vhost.name, var("RABBITMQ_QUEUE")), None);
+    management_api(
+        "DELETE",
+        &format!("queues/{}/{}", vhost.name, test_var("RABBITMQ_QUEUE")),
+        None,
+    );
     let (status, told) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
     assert_eq!(status, 503, "an order that no queue took: {told}");
     eventually("orders are taken again", 10, || {
@@ -294,7 +299,7 @@ fn two_hundred_clients_at_once_are_all_confirmed_also_sixteen_at_a_time() {
 
 #[test]
 fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
-    let broker = format!("{}:{}", var("RABBITMQ_HOST"), var("RABBITMQ_PORT"));
+    let broker = format!("{}:{}", test_var("RABBITMQ_HOST"), test_var("RABBITMQ_PORT"));
     let proxy = Proxy::start(broker.parse().unwrap());
     let (stack, _gateway, vhost) = gateway_with(&[
         ("RABBITMQ_HOST", &proxy.address.ip().to_string()),

@@ -4,21 +4,21 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use chassis::http1::{self, BodyDecoder, BodyFraming, RequestHead};
 use chassis::problem::Problem;
 use chassis::server::Limits;
-use chassis::wire::{self, Body, BodyReader, Head};
 
 /// Small, so that a fuzzer comes to see what is behind each.
 const LIMITS: Limits = Limits {
-    threads: 1,
+    max_connections: 1,
     header_timeout: Duration::ZERO,
     body_timeout: Duration::ZERO,
     write_timeout: Duration::ZERO,
     idle_timeout: Duration::ZERO,
-    max_head: 1024,
-    max_headers: 16,
-    max_body: 256,
-    body_budget: 0,
+    max_head_bytes: 1024,
+    max_header_fields: 16,
+    max_body_bytes: 256,
+    max_buffered_bytes: 0,
 };
 
 /// The control: with this variable set the reader takes `Content-Length: +3` for 3,
@@ -48,7 +48,7 @@ pub fn check(stream: &[u8]) {
 /// A request, its body decoded, and where it ends in the stream.
 #[derive(Debug, PartialEq)]
 struct Request {
-    head: Head,
+    head: RequestHead,
     body: Vec<u8>,
     end: usize,
 }
@@ -67,7 +67,7 @@ struct Connection {
     buffer: Vec<u8>,
     received: usize,
     scanned: usize,
-    begun: Option<(Head, BodyReader, Vec<u8>)>,
+    begun: Option<(RequestHead, BodyDecoder, Vec<u8>)>,
     requests: Vec<Request>,
     closed: bool,
 }
@@ -97,16 +97,16 @@ impl Connection {
                 if *BROKEN {
                     forgive_sign(&mut self.buffer);
                 }
-                let head = wire::take_head(&mut self.buffer, &mut self.scanned, limits)?;
+                let head = http1::parse_next_head(&mut self.buffer, &mut self.scanned, limits)?;
                 let Some(head) = head else { return Ok(()) };
                 self.scanned = 0;
-                let reader = BodyReader::new(head.body, limits.max_body);
+                let reader = BodyDecoder::new(head.framing, limits.max_body_bytes);
                 self.begun = Some((head, reader, Vec::new()));
             }
             let Some((_, reader, body)) = &mut self.begun else { return Ok(()) };
             let taken = reader.feed(&self.buffer, body)?;
             self.buffer.drain(..taken);
-            if !reader.done() {
+            if !reader.is_done() {
                 return Ok(());
             }
             if let Some((head, _, body)) = self.begun.take() {
@@ -134,22 +134,25 @@ fn sound(Request { head, body, .. }: &Request) {
         named.map(|(_, value)| value.as_str()).collect()
     };
     let (lengths, codings) = (values("Content-Length"), values("Transfer-Encoding"));
-    match head.body {
-        Body::None => assert!(lengths.is_empty() && codings.is_empty() && body.is_empty()),
-        Body::Length(length) => {
+    match head.framing {
+        BodyFraming::None => assert!(lengths.is_empty() && codings.is_empty() && body.is_empty()),
+        BodyFraming::Length(length) => {
             assert_eq!(body.len(), length);
             assert!(codings.is_empty() && lengths.len() == 1);
             assert!(lengths[0].bytes().all(|byte| byte.is_ascii_digit()));
             assert_eq!(lengths[0].parse(), Ok(length));
         }
-        Body::Chunked => {
-            assert!(lengths.is_empty() && !head.http10);
+        BodyFraming::Chunked => {
+            assert!(lengths.is_empty() && !head.is_http10);
             assert_eq!(codings.len(), 1);
         }
     }
-    assert!(body.len() <= LIMITS.max_body);
-    assert!(head.headers.len() <= LIMITS.max_headers + 1, "one more for an absolute target's Host");
-    assert!(values("Host").len() == 1 || head.http10 && values("Host").is_empty());
+    assert!(body.len() <= LIMITS.max_body_bytes);
+    assert!(
+        head.headers.len() <= LIMITS.max_header_fields + 1,
+        "one more for an absolute target's Host"
+    );
+    assert!(values("Host").len() == 1 || head.is_http10 && values("Host").is_empty());
     assert!(head.target.starts_with('/') || head.target == "*");
     let graphic = |text: &str| !text.bytes().any(|byte| byte <= b' ' || byte == 0x7f);
     assert!(graphic(&head.target) && graphic(&head.method) && !head.method.is_empty());
@@ -164,13 +167,13 @@ fn sound(Request { head, body, .. }: &Request) {
 fn said_again(request: &Request) {
     let Request { head, body, .. } = request;
     let mut out = Vec::new();
-    let version = if head.http10 { "1.0" } else { "1.1" };
+    let version = if head.is_http10 { "1.0" } else { "1.1" };
     out.extend(format!("{} {} HTTP/{version}\r\n", head.method, head.target).bytes());
     for (name, value) in &head.headers {
         out.extend(format!("{name}: {value}\r\n").bytes());
     }
     out.extend(b"\r\n");
-    if head.body == Body::Chunked {
+    if head.framing == BodyFraming::Chunked {
         for chunk in body.chunks(3) {
             out.extend(format!("{:X}\r\n", chunk.len()).bytes());
             out.extend(chunk);
@@ -180,7 +183,7 @@ fn said_again(request: &Request) {
     } else {
         out.extend(body);
     }
-    let limits = Limits { max_head: 4096, max_headers: 32, ..LIMITS };
+    let limits = Limits { max_head_bytes: 4096, max_header_fields: 32, ..LIMITS };
     let length = out.len();
     let mut connection = Connection { buffer: out, received: length, ..Connection::default() };
     let ended = connection.advance(&limits).map_err(|problem| problem.to_string());

@@ -1,10 +1,10 @@
-//! Scalars of JSON as they are spelled: numbers that may come as strings, and
+//! Scalars of JSON as they are string_or_number: numbers that may come as strings, and
 //! decimal numbers without a float on the way.
 
 use serde_json::value::RawValue;
 
-/// The text of a string, or a number as it is spelled; or the rule that is broken.
-pub fn spelled(value: &RawValue) -> Result<String, &'static str> {
+/// The text of a string, or a number as it is string_or_number; or the rule that is broken.
+pub fn string_or_number(value: &RawValue) -> Result<String, &'static str> {
     let raw = value.get();
     match raw.as_bytes().first() {
         // It fails for half a surrogate pair.
@@ -14,10 +14,10 @@ pub fn spelled(value: &RawValue) -> Result<String, &'static str> {
     }
 }
 
-/// A decimal number in hundredths, exactly, from any spelling that JSON has for a number
+/// A decimal number in parse_cents, exactly, from any spelling that JSON has for a number
 /// (`2.5`, `2.500`, `25e-1`); `None` when it is negative, too large, or has a
 /// part of a hundredth.
-pub fn hundredths(text: &str) -> Option<i64> {
+pub fn parse_cents(text: &str) -> Option<i64> {
     let (negative, text) = match text.strip_prefix('-') {
         Some(rest) => (true, rest),
         None => (false, text),
@@ -93,14 +93,14 @@ mod tests {
             ("١", None),
         ];
         for (text, expected) in table {
-            assert_eq!(hundredths(text), expected, "{text:?}");
+            assert_eq!(parse_cents(text), expected, "{text:?}");
         }
     }
 
     proptest! {
         #[test]
         fn any_spelling_of_an_amount_is_read_or_refused(text in "[-+0-9.eE]{0,40}") {
-            hundredths(&text);
+            parse_cents(&text);
         }
 
         #[test]
@@ -111,8 +111,8 @@ mod tests {
             let zeros_text = "0".repeat(zeros);
             let plain = format!("{}.{:02}{zeros_text}", number / 100, number % 100);
             let shifted = format!("{number}{zeros_text}e-{}", zeros + 2);
-            prop_assert_eq!(hundredths(&plain), Some(number));
-            prop_assert_eq!(hundredths(&shifted), Some(number));
+            prop_assert_eq!(parse_cents(&plain), Some(number));
+            prop_assert_eq!(parse_cents(&shifted), Some(number));
         }
     }
 }

@@ -14,49 +14,49 @@ use prometheus::IntGauge;
 
 /// The places; clones share them.
 #[derive(Clone)]
-pub struct Turns {
+pub struct FairSemaphore {
     state: Arc<Mutex<State>>,
-    taken: Option<IntGauge>,
+    in_use: Option<IntGauge>,
 }
 
 struct State {
-    free: usize,
-    waiting: Queues,
-    last_leave: Instant,
+    available: usize,
+    waiters: WaitQueue,
+    last_release: Instant,
 }
 
 /// Who waits.
 #[derive(Default)]
-struct Queues {
-    first: VecDeque<Arc<Waiter>>,
+struct WaitQueue {
+    normal: VecDeque<Arc<Waiter>>,
     /// Those who give way.
-    then: VecDeque<Arc<Waiter>>,
+    background: VecDeque<Arc<Waiter>>,
     /// How many were let past them since one of them had a place.
-    past: usize,
+    overtaken: usize,
 }
 
 /// How many may go past those who give way, for each of them: these must not starve either.
-const PAST: usize = 3;
+const NORMAL_PER_BACKGROUND: usize = 3;
 
-impl Queues {
+impl WaitQueue {
     fn push(&mut self, waiter: Arc<Waiter>, gives_way: bool) {
-        if gives_way { &mut self.then } else { &mut self.first }.push_back(waiter);
+        if gives_way { &mut self.background } else { &mut self.normal }.push_back(waiter);
     }
 
     fn pop(&mut self) -> Option<Arc<Waiter>> {
-        if self.past < PAST
-            && let Some(waiter) = self.first.pop_front()
+        if self.overtaken < NORMAL_PER_BACKGROUND
+            && let Some(waiter) = self.normal.pop_front()
         {
-            self.past += usize::from(!self.then.is_empty());
+            self.overtaken += usize::from(!self.background.is_empty());
             return Some(waiter);
         }
-        self.past = 0;
-        self.then.pop_front().or_else(|| self.first.pop_front())
+        self.overtaken = 0;
+        self.background.pop_front().or_else(|| self.normal.pop_front())
     }
 
     fn remove(&mut self, waiter: &Arc<Waiter>) {
-        self.first.retain(|other| !Arc::ptr_eq(other, waiter));
-        self.then.retain(|other| !Arc::ptr_eq(other, waiter));
+        self.normal.retain(|other| !Arc::ptr_eq(other, waiter));
+        self.background.retain(|other| !Arc::ptr_eq(other, waiter));
     }
 }
 
@@ -66,76 +66,81 @@ struct Waiter {
 }
 
 /// A place, until it is dropped.
-pub struct Turn(Turns);
+pub struct SemaphorePermit(FairSemaphore);
 
-impl Turns {
-    /// `places` that may be taken at once.
-    pub fn new(places: usize) -> Turns {
-        let last_leave = Instant::now();
-        let state = State { free: places, waiting: Queues::default(), last_leave };
-        Turns { state: Arc::new(Mutex::new(state)), taken: None }
+impl FairSemaphore {
+    /// `places` that may be in_use at once.
+    pub fn new(places: usize) -> FairSemaphore {
+        let last_release = Instant::now();
+        let state = State { available: places, waiters: WaitQueue::default(), last_release };
+        FairSemaphore { state: Arc::new(Mutex::new(state)), in_use: None }
     }
 
-    /// The same, with a gauge that shows how many are taken.
-    pub fn shown_by(mut self, taken: IntGauge) -> Turns {
-        self.taken = Some(taken);
+    /// The same, with a gauge that shows how many are in_use.
+    pub fn with_gauge(mut self, in_use: IntGauge) -> FairSemaphore {
+        self.in_use = Some(in_use);
         self
     }
 
     /// Takes a place, waiting for it at most `limit`.
-    pub fn take(&self, limit: Duration) -> Option<Turn> {
-        self.wait(limit, None, false)
+    pub fn acquire(&self, limit: Duration) -> Option<SemaphorePermit> {
+        self.acquire_with(limit, None, false)
     }
 
     /// The same for whoever takes many, one after the other: gives way to the others.
-    pub fn take_giving_way(&self, limit: Duration) -> Option<Turn> {
-        self.wait(limit, None, true)
+    pub fn acquire_background(&self, limit: Duration) -> Option<SemaphorePermit> {
+        self.acquire_with(limit, None, true)
     }
 
-    /// Takes a place, waiting at most `limit`, but not at all when all are taken and
+    /// Takes a place, waiting at most `limit`, but not at all when all are in_use and
     /// none was left within the last `limit`: those inside are stuck, and to wait
     /// for them would make the caller so too.
-    pub fn take_if_moving(&self, limit: Duration) -> Option<Turn> {
-        self.wait(limit, Some(limit), false)
+    pub fn acquire_unless_stalled(&self, limit: Duration) -> Option<SemaphorePermit> {
+        self.acquire_with(limit, Some(limit), false)
     }
 
-    fn wait(&self, limit: Duration, stuck: Option<Duration>, gives_way: bool) -> Option<Turn> {
+    fn acquire_with(
+        &self,
+        limit: Duration,
+        stuck: Option<Duration>,
+        gives_way: bool,
+    ) -> Option<SemaphorePermit> {
         let deadline = Instant::now() + limit;
         let waiter = {
             let mut state = self.lock();
-            if state.free > 0 {
-                state.free -= 1;
-                return Some(self.turn());
+            if state.available > 0 {
+                state.available -= 1;
+                return Some(self.permit());
             }
-            if stuck.is_some_and(|stuck| state.last_leave.elapsed() > stuck) {
+            if stuck.is_some_and(|stuck| state.last_release.elapsed() > stuck) {
                 return None;
             }
             let waiter = Waiter { granted: AtomicBool::new(false), thread: thread::current() };
             let waiter = Arc::new(waiter);
-            state.waiting.push(Arc::clone(&waiter), gives_way);
+            state.waiters.push(Arc::clone(&waiter), gives_way);
             waiter
         };
         loop {
             thread::park_timeout(deadline.saturating_duration_since(Instant::now()));
             if waiter.granted.load(Ordering::SeqCst) {
-                return Some(self.turn());
+                return Some(self.permit());
             }
             if Instant::now() >= deadline {
                 let mut state = self.lock();
                 // Asked again under the lock: a place may have come at the last moment.
                 if waiter.granted.load(Ordering::SeqCst) {
-                    return Some(self.turn());
+                    return Some(self.permit());
                 }
-                state.waiting.remove(&waiter);
+                state.waiters.remove(&waiter);
                 return None;
             }
         }
     }
 
     /// For whom a place was set aside.
-    fn turn(&self) -> Turn {
-        self.taken.iter().for_each(IntGauge::inc);
-        Turn(self.clone())
+    fn permit(&self) -> SemaphorePermit {
+        self.in_use.iter().for_each(IntGauge::inc);
+        SemaphorePermit(self.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -143,17 +148,17 @@ impl Turns {
     }
 }
 
-impl Drop for Turn {
+impl Drop for SemaphorePermit {
     fn drop(&mut self) {
-        self.0.taken.iter().for_each(IntGauge::dec);
+        self.0.in_use.iter().for_each(IntGauge::dec);
         let mut state = self.0.lock();
-        state.last_leave = Instant::now();
-        match state.waiting.pop() {
+        state.last_release = Instant::now();
+        match state.waiters.pop() {
             Some(next) => {
                 next.granted.store(true, Ordering::SeqCst);
                 next.thread.unpark();
             }
-            None => state.free += 1,
+            None => state.available += 1,
         }
     }
 }
@@ -166,18 +171,18 @@ mod tests {
 
     /// One waiter after the other comes to a single place; in which order they have it.
     fn order_of(gives_way: &[bool]) -> Vec<usize> {
-        let turns = Turns::new(1);
-        let first = turns.take(LONG).unwrap();
+        let semaphore = FairSemaphore::new(1);
+        let first = semaphore.acquire(LONG).unwrap();
         let order = Mutex::new(Vec::new());
         let waiting = || {
-            let state = turns.lock();
-            state.waiting.first.len() + state.waiting.then.len()
+            let state = semaphore.lock();
+            state.waiters.normal.len() + state.waiters.background.len()
         };
         thread::scope(|scope| {
             for (number, gives_way) in gives_way.iter().enumerate() {
-                let (turns, order) = (&turns, &order);
+                let (semaphore, order) = (&semaphore, &order);
                 scope.spawn(move || {
-                    let _turn = turns.wait(LONG, None, *gives_way).unwrap();
+                    let _permit = semaphore.acquire_with(LONG, None, *gives_way).unwrap();
                     order.lock().unwrap().push(number);
                 });
                 while waiting() <= number {
@@ -186,7 +191,7 @@ mod tests {
             }
             drop(first);
         });
-        assert_eq!(turns.lock().free, 1);
+        assert_eq!(semaphore.lock().available, 1);
         order.into_inner().unwrap()
     }
 
@@ -203,24 +208,24 @@ mod tests {
 
     #[test]
     fn a_wait_ends_at_its_limit_and_leaves_no_claim_behind() {
-        let turns = Turns::new(1);
-        let held = turns.take(LONG).unwrap();
-        assert!(turns.take(Duration::from_millis(20)).is_none());
+        let semaphore = FairSemaphore::new(1);
+        let held = semaphore.acquire(LONG).unwrap();
+        assert!(semaphore.acquire(Duration::from_millis(20)).is_none());
         drop(held);
-        assert!(turns.take(Duration::ZERO).is_some());
-        assert_eq!(turns.lock().free, 1);
+        assert!(semaphore.acquire(Duration::ZERO).is_some());
+        assert_eq!(semaphore.lock().available, 1);
     }
 
     #[test]
     fn nobody_waits_behind_those_who_are_stuck() {
-        let turns = Turns::new(1);
-        let _held = turns.take(LONG).unwrap();
+        let semaphore = FairSemaphore::new(1);
+        let _held = semaphore.acquire(LONG).unwrap();
         let limit = Duration::from_millis(20);
-        while turns.lock().last_leave.elapsed() <= limit {
+        while semaphore.lock().last_release.elapsed() <= limit {
             thread::yield_now();
         }
         let begun = Instant::now();
-        assert!(turns.take_if_moving(limit).is_none());
+        assert!(semaphore.acquire_unless_stalled(limit).is_none());
         assert!(begun.elapsed() < limit, "waited {:?}", begun.elapsed());
     }
 }

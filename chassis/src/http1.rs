@@ -22,7 +22,7 @@ const MAX_TRAILERS: usize = 8 << 10;
 
 /// What a request says before its body.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Head {
+pub struct RequestHead {
     /// Any token.
     pub method: String,
     /// Path and query as they were sent.
@@ -30,18 +30,18 @@ pub struct Head {
     /// Names and values, without the white space around the values.
     pub headers: Vec<(String, String)>,
     /// How long the body is.
-    pub body: Body,
+    pub framing: BodyFraming,
     /// Whether the client wants to send another request.
     pub keep_alive: bool,
     /// HTTP/1.0 and not 1.1.
-    pub http10: bool,
+    pub is_http10: bool,
     /// The client waits for a 100 before it sends the body.
     pub expects_continue: bool,
 }
 
 /// How the end of the body is told.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Body {
+pub enum BodyFraming {
     /// There is none.
     None,
     /// By its number of bytes.
@@ -51,44 +51,48 @@ pub enum Body {
 }
 
 /// Takes the next head out of `buffer`, with the empty lines before it (RFC 9112
-/// section 2.2); `None` while it is not complete. `scanned` is zero for a new head
+/// section 2.2); `None` while it is not complete. `scan_offset` is zero for a new head
 /// and kept between the calls for one.
-pub fn take_head(
+pub fn parse_next_head(
     buffer: &mut Vec<u8>,
-    scanned: &mut usize,
+    scan_offset: &mut usize,
     limits: &Limits,
-) -> Result<Option<Head>, Problem> {
+) -> Result<Option<RequestHead>, Problem> {
     while buffer.starts_with(b"\r\n") {
         buffer.drain(..2);
-        *scanned = 0;
+        *scan_offset = 0;
     }
-    let Some(end) = head_end(buffer, scanned, limits.max_head)? else { return Ok(None) };
-    let head = parse_head(&buffer[..end], limits.max_headers, limits.max_body)?;
+    let Some(end) = head_end(buffer, scan_offset, limits.max_head_bytes)? else { return Ok(None) };
+    let head = parse_head(&buffer[..end], limits.max_header_fields, limits.max_body_bytes)?;
     buffer.drain(..end);
     Ok(Some(head))
 }
 
 /// Finds the end of the head: the number of its bytes once all are there.
 ///
-/// `scanned` remembers, between calls with a growing `buffer`, what need not be
+/// `scan_offset` remembers, between calls with a growing `buffer`, what need not be
 /// looked at again. The outcome depends on the bytes alone, not on how they were
 /// cut into packets.
-fn head_end(buffer: &[u8], scanned: &mut usize, max_head: usize) -> Result<Option<usize>, Problem> {
+fn head_end(
+    buffer: &[u8],
+    scan_offset: &mut usize,
+    max_head: usize,
+) -> Result<Option<usize>, Problem> {
     if buffer.first().is_some_and(|first| !is_token(*first) && *first != b'\r') {
-        return Err(Problem::malformed("this is not an HTTP request"));
+        return Err(Problem::bad_request("this is not an HTTP request"));
     }
     let limit = buffer.len().min(max_head);
-    while let Some(offset) = buffer[*scanned..limit].iter().position(|byte| *byte == b'\n') {
-        let end = *scanned + offset + 1;
-        *scanned = end;
+    while let Some(offset) = buffer[*scan_offset..limit].iter().position(|byte| *byte == b'\n') {
+        let end = *scan_offset + offset + 1;
+        *scan_offset = end;
         if !buffer[..end].ends_with(b"\r\n") {
-            return Err(Problem::malformed("a line of the head ends without a carriage return"));
+            return Err(Problem::bad_request("a line of the head ends without a carriage return"));
         }
         if buffer[..end].ends_with(b"\r\n\r\n") {
             return Ok(Some(end));
         }
     }
-    *scanned = limit;
+    *scan_offset = limit;
     if buffer.len() < max_head {
         return Ok(None);
     }
@@ -105,12 +109,12 @@ fn uri_too_long() -> Problem {
 
 /// Reads a whole head of at most `max_headers` fields (128 in any case); a body may
 /// have at most `max_body` bytes.
-fn parse_head(bytes: &[u8], max_headers: usize, max_body: usize) -> Result<Head, Problem> {
+fn parse_head(bytes: &[u8], max_headers: usize, max_body: usize) -> Result<RequestHead, Problem> {
     let mut fields = [httparse::EMPTY_HEADER; HEADER_ROOM];
     let mut parsed = httparse::Request::new(&mut fields);
     match parsed.parse(bytes) {
         Ok(Status::Complete(_)) if parsed.headers.len() <= max_headers => (),
-        Ok(Status::Partial) => return Err(Problem::malformed("the head is not complete")),
+        Ok(Status::Partial) => return Err(Problem::bad_request("the head is not complete")),
         Ok(Status::Complete(_)) | Err(httparse::Error::TooManyHeaders) => {
             let detail = format!("a request may have at most {max_headers} header fields");
             return Err(Problem::new(431, detail));
@@ -118,9 +122,9 @@ fn parse_head(bytes: &[u8], max_headers: usize, max_body: usize) -> Result<Head,
         Err(httparse::Error::Version) => {
             return Err(Problem::new(505, "the server speaks HTTP/1.1 and HTTP/1.0"));
         }
-        Err(err) => return Err(Problem::malformed(format!("the head is malformed: {err}"))),
+        Err(err) => return Err(Problem::bad_request(format!("the head is malformed: {err}"))),
     }
-    let http10 = parsed.version == Some(0);
+    let is_http10 = parsed.version == Some(0);
     let method = parsed.method.unwrap_or_default().to_owned();
     let target = parsed.path.unwrap_or_default();
     if target.len() > MAX_TARGET {
@@ -130,12 +134,12 @@ fn parse_head(bytes: &[u8], max_headers: usize, max_body: usize) -> Result<Head,
     let mut headers = Vec::with_capacity(parsed.headers.len());
     for field in parsed.headers.iter() {
         let value = str::from_utf8(field.value)
-            .map_err(|_| Problem::malformed(format!("header {} is not UTF-8", field.name)))?;
+            .map_err(|_| Problem::bad_request(format!("header {} is not UTF-8", field.name)))?;
         headers.push((field.name.to_owned(), value.trim_matches([' ', '\t']).to_owned()));
     }
     let (target, authority) = origin_form(&method, target)?;
-    check_host(&mut headers, authority, http10)?;
-    let body = body_framing(&headers, http10, max_body)?;
+    check_host(&mut headers, authority, is_http10)?;
+    let body = body_framing(&headers, is_http10, max_body)?;
 
     let connection = tokens(&headers, "Connection");
     let close = connection.iter().any(|token| token == "close");
@@ -144,21 +148,29 @@ fn parse_head(bytes: &[u8], max_headers: usize, max_body: usize) -> Result<Head,
         Some(expect) if !expect.eq_ignore_ascii_case("100-continue") => {
             return Err(Problem::new(417, "the only expectation served is 100-continue"));
         }
-        expect => expect.is_some() && !http10,
+        expect => expect.is_some() && !is_http10,
     };
-    let keep_alive = if http10 { keep && !close } else { !close };
-    Ok(Head { method, target, headers, body, keep_alive, http10, expects_continue })
+    let keep_alive = if is_http10 { keep && !close } else { !close };
+    Ok(RequestHead {
+        method,
+        target,
+        headers,
+        framing: body,
+        keep_alive,
+        is_http10,
+        expects_continue,
+    })
 }
 
 /// Reduces a target to path and query (RFC 9112 section 3.2), with the authority
 /// that an absolute target names.
 fn origin_form<'t>(method: &str, target: &'t str) -> Result<(String, Option<&'t str>), Problem> {
     if target.contains('#') {
-        return Err(Problem::malformed("a request target has no fragment"));
+        return Err(Problem::bad_request("a request target has no fragment"));
     }
     // Its target is an authority, and whoever passes it on would make it one.
     if method == "CONNECT" {
-        return Err(Problem::malformed("there are no tunnels here"));
+        return Err(Problem::bad_request("there are no tunnels here"));
     }
     if target.starts_with('/') || (target == "*" && method == "OPTIONS") {
         return Ok((target.to_owned(), None));
@@ -171,7 +183,7 @@ fn origin_form<'t>(method: &str, target: &'t str) -> Result<(String, Option<&'t 
             let slash = if path.starts_with('/') { "" } else { "/" };
             Ok((format!("{slash}{path}"), Some(authority)))
         }
-        None => Err(Problem::malformed("a request target starts with a slash")),
+        None => Err(Problem::bad_request("a request target starts with a slash")),
     }
 }
 
@@ -179,18 +191,18 @@ fn origin_form<'t>(method: &str, target: &'t str) -> Result<(String, Option<&'t 
 fn check_host(
     headers: &mut Vec<(String, String)>,
     authority: Option<&str>,
-    http10: bool,
+    is_http10: bool,
 ) -> Result<(), Problem> {
     match only(headers, "Host")? {
-        None if !http10 => return Err(Problem::malformed("the Host header is missing")),
+        None if !is_http10 => return Err(Problem::bad_request("the Host header is missing")),
         Some(host) if !host.bytes().all(is_authority) => {
-            return Err(Problem::malformed("the Host header is malformed"));
+            return Err(Problem::bad_request("the Host header is malformed"));
         }
         _ => (),
     }
     if let Some(authority) = authority {
         if authority.is_empty() || !authority.bytes().all(is_authority) {
-            return Err(Problem::malformed("the authority of the target is malformed"));
+            return Err(Problem::bad_request("the authority of the target is malformed"));
         }
         // An absolute target outweighs the Host field.
         headers.retain(|(name, _)| !name.eq_ignore_ascii_case("Host"));
@@ -202,29 +214,29 @@ fn check_host(
 /// RFC 9112 section 6, without its leniencies.
 fn body_framing(
     headers: &[(String, String)],
-    http10: bool,
+    is_http10: bool,
     max_body: usize,
-) -> Result<Body, Problem> {
+) -> Result<BodyFraming, Problem> {
     let length = only(headers, "Content-Length")?;
     let has_coding = headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("Transfer-Encoding"));
     if has_coding {
-        if http10 || length.is_some() {
-            return Err(Problem::malformed(
+        if is_http10 || length.is_some() {
+            return Err(Problem::bad_request(
                 "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0",
             ));
         }
         return match only(headers, "Transfer-Encoding")? {
-            Some(coding) if coding.eq_ignore_ascii_case("chunked") => Ok(Body::Chunked),
+            Some(coding) if coding.eq_ignore_ascii_case("chunked") => Ok(BodyFraming::Chunked),
             _ => Err(Problem::new(501, "the only transfer coding served is chunked")),
         };
     }
-    let Some(digits) = length else { return Ok(Body::None) };
+    let Some(digits) = length else { return Ok(BodyFraming::None) };
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(Problem::malformed("Content-Length must be digits and nothing else"));
+        return Err(Problem::bad_request("Content-Length must be digits and nothing else"));
     }
     // Digits that do not fit are a number over any limit.
     match digits.parse::<usize>() {
-        Ok(length) if length <= max_body => Ok(Body::Length(length)),
+        Ok(length) if length <= max_body => Ok(BodyFraming::Length(length)),
         _ => Err(too_large(max_body)),
     }
 }
@@ -239,7 +251,7 @@ fn only<'h>(headers: &'h [(String, String)], wanted: &str) -> Result<Option<&'h 
     let mut found = headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case(wanted));
     let first = found.next().map(|(_, value)| value.as_str());
     match found.next() {
-        Some(_) => Err(Problem::malformed(format!("the header {wanted} is repeated"))),
+        Some(_) => Err(Problem::bad_request(format!("the header {wanted} is repeated"))),
         None => Ok(first),
     }
 }
@@ -262,7 +274,7 @@ fn is_authority(byte: u8) -> bool {
 }
 
 /// Reads a body from pieces of any size.
-pub struct BodyReader(Framing);
+pub struct BodyDecoder(Framing);
 
 enum Framing {
     /// Bytes that are still to come.
@@ -270,21 +282,21 @@ enum Framing {
     Chunked(Chunked),
 }
 
-impl BodyReader {
+impl BodyDecoder {
     /// For a body whose end is told like this; chunks are limited together to `max_body` bytes.
-    pub fn new(body: Body, max_body: usize) -> BodyReader {
-        BodyReader(match body {
-            Body::None => Framing::Length(0),
-            Body::Length(length) => Framing::Length(length),
-            Body::Chunked => Framing::Chunked(Chunked::new(max_body)),
+    pub fn new(body: BodyFraming, max_body: usize) -> BodyDecoder {
+        BodyDecoder(match body {
+            BodyFraming::None => Framing::Length(0),
+            BodyFraming::Length(length) => Framing::Length(length),
+            BodyFraming::Chunked => Framing::Chunked(Chunked::new(max_body)),
         })
     }
 
     /// Whether the whole body has been read.
-    pub fn done(&self) -> bool {
+    pub fn is_done(&self) -> bool {
         match &self.0 {
             Framing::Length(left) => *left == 0,
-            Framing::Chunked(chunked) => chunked.done(),
+            Framing::Chunked(chunked) => chunked.is_done(),
         }
     }
 
@@ -324,13 +336,13 @@ impl Chunked {
         Chunked { state: ChunkState::Size, line: Vec::new(), trailers: 0, max_body }
     }
 
-    fn done(&self) -> bool {
+    fn is_done(&self) -> bool {
         matches!(self.state, ChunkState::Done)
     }
 
     fn feed(&mut self, input: &[u8], body: &mut Vec<u8>) -> Result<usize, Problem> {
         let mut taken = 0;
-        while taken < input.len() && !self.done() {
+        while taken < input.len() && !self.is_done() {
             let rest = &input[taken..];
             if let ChunkState::Data(left) = self.state {
                 let piece = left.min(rest.len());
@@ -347,13 +359,13 @@ impl Chunked {
             if rest[0] == b'\n' {
                 let line = std::mem::take(&mut self.line);
                 let line = line.strip_suffix(b"\r\n").ok_or_else(|| {
-                    Problem::malformed("a chunk line ends without a carriage return")
+                    Problem::bad_request("a chunk line ends without a carriage return")
                 })?;
                 self.state = self.end_of_line(line, body.len())?;
             } else if self.line.len() > MAX_CHUNK_LINE
                 && !matches!(self.state, ChunkState::Trailers)
             {
-                return Err(Problem::malformed("a chunk-size line is too long"));
+                return Err(Problem::bad_request("a chunk-size line is too long"));
             } else if self.trailers + self.line.len() > MAX_TRAILERS {
                 return Err(Problem::new(431, "the trailer section is too long"));
             }
@@ -373,7 +385,7 @@ impl Chunked {
                 });
                 let clean = !extension.iter().any(|byte| byte.is_ascii_control() && *byte != b'\t');
                 let (Some(text), true) = (text, clean) else {
-                    return Err(Problem::malformed("a chunk size is malformed"));
+                    return Err(Problem::bad_request("a chunk size is malformed"));
                 };
                 match usize::from_str_radix(text, 16) {
                     Ok(0) => Ok(ChunkState::Trailers),
@@ -382,7 +394,7 @@ impl Chunked {
                 }
             }
             ChunkState::DataEnd if line.is_empty() => Ok(ChunkState::Size),
-            ChunkState::DataEnd => Err(Problem::malformed("a chunk is longer than its size")),
+            ChunkState::DataEnd => Err(Problem::bad_request("a chunk is longer than its size")),
             ChunkState::Trailers if line.is_empty() => Ok(ChunkState::Done),
             ChunkState::Trailers => {
                 // Trailers are read for their form and then dropped: nobody here uses one.
@@ -395,7 +407,7 @@ impl Chunked {
                 if sound {
                     Ok(ChunkState::Trailers)
                 } else {
-                    Err(Problem::malformed("a trailer field is malformed"))
+                    Err(Problem::bad_request("a trailer field is malformed"))
                 }
             }
             ChunkState::Data(_) | ChunkState::Done => Err(Problem::internal()),

@@ -1,0 +1,95 @@
+//! The table of routes: which handler serves a request.
+
+use rouille::{Request, Response};
+
+use crate::problem::Problem;
+use crate::request::path;
+
+/// The segments that a route's `{…}` and `*` matched, undecoded, in order.
+pub type Params<'r> = [&'r str];
+
+/// What serves a route.
+pub type Handler<A> = fn(&A, &Request, &Params<'_>) -> Result<Response, Problem>;
+
+/// One line of a service's table of routes.
+pub struct Route<A> {
+    method: &'static str,
+    path: &'static str,
+    handler: Handler<A>,
+}
+
+/// A line of the table. In `path` a segment `{name}` match_template any one segment and
+/// a last segment `*` any number of them, none too; `method` may be `*`.
+pub const fn route<A>(method: &'static str, path: &'static str, handler: Handler<A>) -> Route<A> {
+    Route { method, path, handler }
+}
+
+/// An answer and the path of the route it came from, by which it is counted.
+pub struct RoutedResponse {
+    /// The route's path as the table spells it; `""` where none matched.
+    pub route: &'static str,
+    /// What to send.
+    pub result: Result<Response, Problem>,
+}
+
+/// Finds the route of a request and lets it answer.
+///
+/// A path match_template with and without a trailing slash. HEAD goes to the route of
+/// GET (the server leaves the body out), OPTIONS is answered with `Allow`, and
+/// any other method that the path does not know is a 405.
+pub fn dispatch<A>(routes: &[Route<A>], app: &A, request: &Request) -> RoutedResponse {
+    let path = path(request);
+    let method = if request.method() == "HEAD" { "GET" } else { request.method() };
+    let mut allowed: Vec<&str> = Vec::new();
+    let mut known = "";
+    for route in routes {
+        let Some(params) = match_template(route.path, path) else { continue };
+        if route.method == method || route.method == "*" {
+            return RoutedResponse {
+                route: route.path,
+                result: (route.handler)(app, request, &params),
+            };
+        }
+        known = route.path;
+        allowed.push(route.method);
+    }
+    let result = if allowed.is_empty() && !(method == "OPTIONS" && path == "*") {
+        Err(Problem::not_found("there is nothing at this path"))
+    } else {
+        if allowed.contains(&"GET") {
+            allowed.push("HEAD");
+        }
+        allowed.push("OPTIONS");
+        match method {
+            "OPTIONS" => Ok(Response::empty_204().with_unique_header("Allow", allowed.join(", "))),
+            _ => Err(Problem::method_not_allowed(&allowed.join(", "))),
+        }
+    };
+    RoutedResponse { route: known, result }
+}
+
+fn match_template<'p>(template: &str, path: &'p str) -> Option<Vec<&'p str>> {
+    let path = path.strip_prefix('/')?;
+    let path = path.strip_suffix('/').unwrap_or(path);
+    let mut segments = path.split('/');
+    let mut params = Vec::new();
+    for wanted in template[1..].split('/') {
+        if wanted == "*" {
+            params.extend(segments);
+            return Some(params);
+        }
+        let segment = segments.next()?;
+        if wanted.starts_with('{') {
+            params.push(segment);
+        } else if wanted != segment {
+            return None;
+        }
+    }
+    segments.next().is_none().then_some(params)
+}
+
+/// The positive_id in a path: a positive 64-bit integer in plain digits.
+pub fn positive_id(params: &Params<'_>) -> Option<i64> {
+    let digits = params.first().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
+    digits.parse().ok().filter(|positive_id| *positive_id > 0)
+}
