@@ -39,7 +39,7 @@ define_metrics! {
         "http_connections_open", "Client connections.");
     EVICTED: IntCounter = register_int_counter!(
         "http_connections_evicted_total", "Waiting connections closed to make room for new ones.");
-    REFUSED: IntCounter = register_int_counter!(
+    REJECTED: IntCounter = register_int_counter!(
         "http_connections_rejected_total", "Connections answered 503 because none could make room.");
     ACCEPT_ERRORS: IntCounter = register_int_counter!(
         "http_accept_errors_total", "Failed accepts, such as too many open files.");

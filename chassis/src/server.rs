@@ -4,9 +4,9 @@
 //! one request or one failed `accept`; so the loop is ours, and rouille's Request
 //! and Response are what handlers see.
 //!
-//! A connection is at any moment either *busy* with a request or *waiting* for
-//! its client: idle, in the middle of a request, or for room to write. When the
-//! house is full, a newcomer takes the place of the one that has waited longest.
+//! A connection is at any moment either *busy* with a request or *waiting* for its client:
+//! idle, in the middle of a request, or until its client reads on. When the connection limit
+//! is reached, accepting a new connection evicts the one that has been waiting longest.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
@@ -31,77 +31,83 @@ use crate::problem::{Problem, reason_phrase};
 use crate::router::RoutedResponse;
 use crate::stop::Stop;
 
-/// Enough for the deepest handler, also unoptimised; only touched pages cost memory.
-const STACK: usize = 512 << 10;
+/// Stack of a worker, in bytes. The deepest handler fits in, also in a debug build. Only the pages
+/// that are touched cost memory.
+const WORKER_STACK_SIZE: usize = 512 << 10;
 
-/// A thread without work ends after this.
-const THREAD_IDLE: Duration = Duration::from_secs(10);
+/// A worker that has had no connection for this long ends.
+const WORKER_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Threads over the cap, for connections on their way out.
-const SLACK: usize = 16;
+/// Workers beyond the connection limit, for connections that are being closed.
+const SPARE_WORKERS: usize = 16;
 
-/// How long a client is not evicted that is in the middle of something: in a burst of connects
-/// the threads need a moment to read what is already there. Nor, unless there is nobody else,
-/// one that was just answered: it is about to ask again.
-const UNTOUCHABLE: Duration = Duration::from_millis(20);
+/// A connection must have waited this long before it may be evicted: in a burst of connects the
+/// workers need a moment to read input that has already arrived. This holds for idle connections
+/// too, whose next request may be on its way, except in a forced eviction.
+const MIN_WAIT_BEFORE_EVICTION: Duration = Duration::from_millis(20);
 
-/// How long a newcomer waits for a place before it is told that there is none. A client
-/// that is told so at once comes back at once, and then there is less done than refused.
-const PATIENCE: Duration = Duration::from_millis(10);
+/// How long a new connection may wait in the accept queue before it gets 503. An immediate 503
+/// makes clients connect again immediately, and under overload the server then spends more CPU
+/// on rejecting than on serving.
+const ADMISSION_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// How many connections are looked at to find one that can make room. Those that have
-/// waited longest are the slow ones; if even they wait for us, there is more to do than
-/// can be done, and the search among all would only keep everybody from doing it.
-const ASKED_TO_LEAVE: usize = 8;
+/// How many candidates for eviction are examined at most, the longest-waiting first. If even
+/// these have unread input, the server is short of CPU, and a scan of every connection under the
+/// lock would make that worse.
+const EVICTION_CANDIDATES: usize = 8;
 
-/// How often `accept` looks up to see whether it is time to stop, and whether there is a
-/// place for somebody who waits for one.
-const TICK: Duration = Duration::from_millis(100);
-const QUICK_TICK: Duration = Duration::from_millis(2);
+/// How long one `accept` waits. Then the loop checks whether a stop was requested and whether a
+/// connection of the accept queue can be admitted; the second value applies while one is queued.
+const ACCEPT_POLL: Duration = Duration::from_millis(100);
+const ACCEPT_POLL_WHILE_QUEUED: Duration = Duration::from_millis(2);
 
-/// After a stop: how long connections that look idle may still send a request,
-/// and by when the last answer must be out.
-const STOP_QUIET: Duration = Duration::from_millis(150);
-const STOP_GRACE: Duration = Duration::from_millis(4000);
+/// After a stop: how long a connection that looks idle may still send a request, and how long
+/// the last responses may take.
+const SHUTDOWN_IDLE_GRACE: Duration = Duration::from_millis(150);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(4000);
 
-/// What one read takes at most: more than most requests have, kept for each connection.
-const READ: usize = 4 << 10;
+/// The most bytes that one read takes: larger than most requests. Each connection has such a buffer.
+const READ_BUFFER_SIZE: usize = 4 << 10;
 
-/// A body that is small enough leaves in one write with its head.
-const WRITE_BUFFER: usize = 16 << 10;
+/// A body up to this size is sent in one write with its head; bytes.
+const WRITE_BUFFER_SIZE: usize = 16 << 10;
 
-/// What is in memory of a larger one, for each client that takes it.
-const PIECE: usize = 8 << 10;
+/// How much of a larger body is in memory at a time, for each client; bytes.
+const CHUNK_SIZE: usize = 8 << 10;
 
-/// Room for the size of a piece in hexadecimal and the end of that line.
-const CHUNK_HEAD: usize = 6;
+/// Room for the size of a chunk in hexadecimal and the end of that line.
+const CHUNK_HEADER_SIZE: usize = 6;
 
-/// A client must take its answer at this rate at least, in bytes a second, after
-/// the first write timeout; a reader slower than that holds a thread for nothing.
-const MIN_WRITE_RATE: u64 = 16 << 10;
+/// After the first write timeout a client must read its response at least at this rate: a slower
+/// client occupies a worker for too long.
+const MIN_WRITE_BYTES_PER_SEC: u64 = 16 << 10;
 
-/// After a refusal the rest of the request is read and dropped for so long and so
-/// far, because closing on unread data would reset the connection and lose the answer.
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 16 << 20;
+/// After a request was rejected, the rest of its input is read and discarded for this long and up
+/// to this many bytes: closing a socket with unread input resets the connection, and the client
+/// would lose the response.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
+const LINGER_MAX_BYTES: usize = 16 << 20;
 
-/// While `accept` fails: how often the log says so, and how many make room at a time.
-const COMPLAIN: Duration = Duration::from_secs(10);
-const EVICTED_AT_ONCE: usize = 8;
+/// While `accept` fails: the shortest time between two log lines, and how many connections are
+/// evicted for each failure.
+const ACCEPT_ERROR_LOG_INTERVAL: Duration = Duration::from_secs(10);
+const EVICTIONS_PER_ACCEPT_ERROR: usize = 8;
 
-/// How many refused connections are kept for that long, and how many newcomers wait, at most.
-const REFUSED: usize = 256;
+/// The most connections in the accept queue: those that wait to be admitted and those that got a
+/// 503 and are about to be closed, together.
+const ACCEPT_QUEUE_CAPACITY: usize = 256;
 
-/// Descriptors for everything but clients: the standard streams, the listeners, the
-/// clients of the metrics, the broker's connection, probes, and some to spare.
-const OWN_DESCRIPTORS: usize = 32;
+/// File descriptors for everything but clients: the standard streams, the listeners, the clients
+/// of the metrics, the broker connection, probes, and some to spare.
+const RESERVED_FDS: usize = 32;
 
 /// After a stop: how long a client that has sent its SYN may take to send the ACK.
-const HANDSHAKE: Duration = Duration::from_millis(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// A socket filter that drops each TCP segment with the flag SYN, which is in byte 13 of the
-/// header (RFC 9293 section 3.1): its client sends it again, to whoever listens by then.
-static DEAF_TO_SYN: [SockFilter; 4] = {
+/// header (RFC 9293 section 3.1). The client sends it again, and another process that listens on
+/// this port by then gets it.
+static DROP_SYN_FILTER: [SockFilter; 4] = {
     // Linux's <linux/bpf_common.h>.
     const LOAD_BYTE: u16 = 0x30;
     const JUMP_IF_SET: u16 = 0x45;
@@ -119,32 +125,32 @@ const MSG_PEEK: i32 = 0x02;
 const MSG_DONTWAIT: i32 = 0x40;
 const MSG_MORE: i32 = 0x8000;
 
-/// What the kernel may hold of an answer, in bytes, for each client. Left to itself
-/// it takes 4 MB, and then a reader that pauses keeps one write waiting past its
-/// timeout: the kernel wakes a writer only when a third of the buffer is free.
-const SEND_BUFFER: usize = 128 << 10;
+/// How much of a response the kernel may buffer for each client, in bytes. Its default grows to
+/// 4 MB. Then a client that pauses keeps one write waiting past its timeout, because the kernel
+/// wakes a writer only when a third of the buffer is free.
+const SEND_BUFFER_SIZE: usize = 128 << 10;
 
 /// Where a service listens, and the limits of its server loop.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The service's own door.
+    /// Address of the service's API.
     pub listen: SocketAddr,
-    /// The door for metrics.
+    /// Address of the metrics.
     pub metrics_listen: SocketAddr,
-    /// What the loop allows.
+    /// Limits for clients.
     pub limits: Limits,
 }
 
-/// What a server loop allows its clients.
+/// The limits and deadlines of a server.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Most connections, and threads.
+    /// Most connections at once; each has a thread of its own.
     pub max_connections: usize,
     /// From the first byte of a head to its last; also for the first byte of a new connection.
     pub header_timeout: Duration,
     /// For the whole body.
     pub body_timeout: Duration,
-    /// For one write of the answer.
+    /// For one write of the response.
     pub write_timeout: Duration,
     /// Between two requests.
     pub idle_timeout: Duration,
@@ -165,7 +171,7 @@ impl Config {
         let name = |suffix: &str| format!("{prefix}_{suffix}");
         let listen = env.host_port(&name("HOST"), &name("PORT"));
         let metrics_listen = env.address(&name("METRICS_LISTEN"));
-        // The kernel would not mind: both would get some of the connections.
+        // With SO_REUSEPORT the kernel would accept one port for both and give each some connections.
         if listen.port() != 0 && listen.port() == metrics_listen.port() {
             let (port, metrics) = (name("PORT"), name("METRICS_LISTEN"));
             env.error(&format!("{metrics} must have another port than {port}"));
@@ -193,17 +199,21 @@ impl Config {
 }
 
 impl Config {
-    /// Lowers the number of connections to what the process may have open (`ulimit -n`),
-    /// where each takes `each` descriptors and `others` are kept for connections to
-    /// other servers: a client that comes in and finds no descriptor left for the
-    /// database or the service behind is served worse than one that waits outside.
-    pub fn clamp_to_fd_limit(&mut self, each: usize, others: usize) {
-        let Some(allowed) = descriptors() else { return };
-        let threads = self.limits.max_connections.min(places(allowed, each, others));
+    /// Lowers the connection limit to what the limit on open files (`ulimit -n`) allows, where
+    /// each connection takes `fds_per_connection` descriptors and `reserved` are kept for
+    /// connections to other servers. A client that is admitted and finds no descriptor left for
+    /// the database or the upstream is served worse than one that waits to be admitted.
+    pub fn clamp_to_fd_limit(&mut self, fds_per_connection: usize, reserved: usize) {
+        let Some(allowed) = fd_limit() else { return };
+        let threads = self.limits.max_connections.min(connections_for_fds(
+            allowed,
+            fds_per_connection,
+            reserved,
+        ));
         if threads < self.limits.max_connections {
             log::warn!(
                 "{threads} connections at once instead of {}: the process may have {allowed} \
-                 descriptors open (ulimit -n)",
+                 file descriptors open (ulimit -n)",
                 self.limits.max_connections,
             );
             self.limits.max_connections = threads;
@@ -211,22 +221,22 @@ impl Config {
     }
 }
 
-/// How many connections fit in so many descriptors, at least one: beside those that are
-/// in there are as many that were refused and some on their way out.
-fn places(allowed: usize, each: usize, others: usize) -> usize {
-    (allowed.saturating_sub(OWN_DESCRIPTORS + others + SLACK) / (each + 1)).max(1)
+/// How many connections `allowed` descriptors are enough for, at least one. Room is left for as
+/// many connections that were rejected, and for some that are being closed.
+fn connections_for_fds(allowed: usize, each: usize, others: usize) -> usize {
+    (allowed.saturating_sub(RESERVED_FDS + others + SPARE_WORKERS) / (each + 1)).max(1)
 }
 
 /// The soft limit of this process; `None` where there is none.
-fn descriptors() -> Option<usize> {
+fn fd_limit() -> Option<usize> {
     let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
 impl Limits {
-    /// The same for a service behind a proxy that holds to these limits and then
-    /// adds header fields of its own.
+    /// Limits for a service behind a proxy that has these limits itself and then adds header
+    /// fields of its own.
     pub fn with_proxy_headroom(mut self) -> Limits {
         self.max_head_bytes += 2 << 10;
         self.max_header_fields += 10;
@@ -253,8 +263,8 @@ where
     serve(listener, config.limits.clone(), stop, handler)
 }
 
-/// A listener that a second process may share (SO_REUSEPORT), so that two can
-/// take turns without refusing anyone.
+/// A listener on a port that a second process may share (SO_REUSEPORT): one process can replace
+/// the other without refusing a connection.
 pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let bind = || {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
@@ -267,7 +277,7 @@ pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     bind().with_context(|| format!("cannot listen on {address}"))
 }
 
-/// Serves until `stop`; then the requests that have begun are finished.
+/// Serves until `stop`; then finishes the requests that have begun.
 pub fn serve<H>(
     listener: TcpListener,
     limits: Limits,
@@ -280,27 +290,27 @@ where
     Server::new(limits, stop, true, handler).serve(listener)
 }
 
-/// What all threads of one loop share.
+/// What all threads of one server share.
 struct Server<H> {
     limits: Limits,
     stop: Stop,
-    /// Whether requests are counted and logged: those of the public door are.
-    observed: bool,
+    /// Whether requests are counted and logged: those of the API are, scrapes are not.
+    instrumented: bool,
     handler: H,
     started: Instant,
-    house: Mutex<House>,
-    /// Rung for a thread when a connection waits for one, and for the stop when one has left.
-    bell: Condvar,
-    bodies: AtomicUsize,
+    table: Mutex<ConnectionTable>,
+    /// Notified when a connection is pending, and while stopping when the last one is closed.
+    wakeup: Condvar,
+    buffered_bytes: AtomicUsize,
 }
 
-/// Who is in.
+/// The admitted connections and the workers.
 #[derive(Default)]
-struct House {
+struct ConnectionTable {
     connections: HashMap<u64, Arc<Connection>>,
-    next_key: u64,
-    /// Connections that no thread has taken yet.
-    arrivals: VecDeque<(u64, Arc<Connection>)>,
+    next_id: u64,
+    /// Connections that no worker has taken yet.
+    pending: VecDeque<(u64, Arc<Connection>)>,
     threads: usize,
     idle_threads: usize,
 }
@@ -309,100 +319,107 @@ impl<H> Server<H>
 where
     H: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
 {
-    fn new(limits: Limits, stop: &Stop, observed: bool, handler: H) -> Arc<Server<H>> {
+    fn new(limits: Limits, stop: &Stop, instrumented: bool, handler: H) -> Arc<Server<H>> {
         Arc::new(Server {
             limits,
             stop: stop.clone(),
-            observed,
+            instrumented,
             handler,
             started: Instant::now(),
-            house: Mutex::new(House::default()),
-            bell: Condvar::new(),
-            bodies: AtomicUsize::new(0),
+            table: Mutex::new(ConnectionTable::default()),
+            wakeup: Condvar::new(),
+            buffered_bytes: AtomicUsize::new(0),
         })
     }
 
     fn serve(self: &Arc<Self>, listener: TcpListener) -> anyhow::Result<()> {
-        let most = REFUSED.min(self.limits.max_connections);
-        let mut lobby = Lobby { most, ..Lobby::default() };
+        let capacity = ACCEPT_QUEUE_CAPACITY.min(self.limits.max_connections);
+        let mut queue = AcceptQueue { capacity, ..AcceptQueue::default() };
         let mut tick = Duration::ZERO;
-        let mut complained: Option<Instant> = None;
+        let mut last_logged: Option<Instant> = None;
         while !self.stop.is_requested() {
-            let wanted = if lobby.waiting.is_empty() { TICK } else { QUICK_TICK };
+            let wanted =
+                if queue.queued.is_empty() { ACCEPT_POLL } else { ACCEPT_POLL_WHILE_QUEUED };
             if tick != wanted {
                 // Linux lets SO_RCVTIMEO bound an accept too.
                 SockRef::from(&listener).set_read_timeout(Some(wanted))?;
                 tick = wanted;
             }
             match listener.accept() {
-                Ok((stream, peer)) => lobby.receive(self.meet(stream, peer)),
-                Err(err) if is_pause(&err) => lobby.sweep(),
+                Ok((stream, peer)) => queue.enqueue(self.new_connection(stream, peer)),
+                Err(err) if is_timeout(&err) => queue.reap(),
                 Err(err) if err.kind() == ErrorKind::ConnectionAborted => (),
                 Err(err) => {
-                    // Out of descriptors, as a rule: some clients less free some.
+                    // Usually the process is out of descriptors: closing connections frees some.
                     metrics::ACCEPT_ERRORS.inc();
-                    if complained.is_none_or(|before| before.elapsed() > COMPLAIN) {
-                        complained = Some(Instant::now());
-                        log::error!("accept fails, trying on: {err}");
+                    if last_logged.is_none_or(|before| before.elapsed() > ACCEPT_ERROR_LOG_INTERVAL)
+                    {
+                        last_logged = Some(Instant::now());
+                        log::error!("accept failed, trying again: {err}");
                     }
-                    lobby.refused.clear();
-                    for _ in 0..EVICTED_AT_ONCE {
-                        self.evict(&mut self.lock(), Duration::ZERO);
+                    queue.lingering.clear();
+                    for _ in 0..EVICTIONS_PER_ACCEPT_ERROR {
+                        self.evict_longest_waiting(&mut self.lock(), Duration::ZERO);
                     }
                     self.stop.sleep(Duration::from_millis(50));
                 }
             }
-            self.admit_those_who_wait(&mut lobby);
+            self.admit_queued(&mut queue);
         }
-        // Whoever is connected already, if only in the kernel's queue, is still served. The
-        // end of the listener resets whom the kernel has let in since the last look at that
-        // queue: so nobody new is let in, and whoever was half-way is waited for.
-        let door = SockRef::from(&listener);
-        door.attach_filter(&DEAF_TO_SYN)?;
-        door.set_read_timeout(Some(HANDSHAKE))?;
+        // Closing a listener resets connections that the kernel has completed and the process has
+        // not accepted. So new SYNs are dropped first (clients send them again, to the other
+        // process on this port), then connections are accepted until the handshakes are done.
+        let listener_socket = SockRef::from(&listener);
+        listener_socket.attach_filter(&DROP_SYN_FILTER)?;
+        listener_socket.set_read_timeout(Some(HANDSHAKE_TIMEOUT))?;
         while let Ok((stream, peer)) = listener.accept() {
-            lobby.receive(self.meet(stream, peer));
-            self.admit_those_who_wait(&mut lobby);
+            queue.enqueue(self.new_connection(stream, peer));
+            self.admit_queued(&mut queue);
         }
         drop(listener);
-        while let Some((_, newcomer)) = lobby.waiting.pop_front() {
-            if let Err(newcomer) = self.admit(newcomer, Some(Duration::ZERO), &mut lobby) {
-                lobby.refuse(newcomer);
+        while let Some((_, connection)) = queue.queued.pop_front() {
+            if let Err(connection) = self.admit(connection, Some(Duration::ZERO), &mut queue) {
+                queue.reject(connection);
             }
         }
         self.drain()
     }
 
-    /// In their order; whoever has waited too long is refused.
-    fn admit_those_who_wait(self: &Arc<Self>, lobby: &mut Lobby) {
-        while let Some((since, newcomer)) = lobby.waiting.pop_front() {
-            // In a flood the search for somebody to evict would cost more than all the rest,
-            // and each who is evicted comes back.
-            let ago = |then: Option<Instant>| then.map_or(Duration::MAX, |then| then.elapsed());
-            let overdue = since.elapsed() >= PATIENCE;
-            let presses = overdue && ago(lobby.pressed) >= PATIENCE;
-            let searches = presses || ago(lobby.searched) >= QUICK_TICK;
-            let idle_for = if presses { Duration::ZERO } else { UNTOUCHABLE };
-            let Err(newcomer) = self.admit(newcomer, searches.then_some(idle_for), lobby) else {
-                if presses {
-                    lobby.pressed = Some(Instant::now());
+    /// Admits queued connections in their order, and rejects those that have waited too long.
+    fn admit_queued(self: &Arc<Self>, queue: &mut AcceptQueue) {
+        while let Some((since, connection)) = queue.queued.pop_front() {
+            // Under a flood of connects, searching for a connection to evict would cost more CPU
+            // than everything else, and evicted clients connect again. So searches are limited
+            // in time, and so are forced evictions of connections that were just answered.
+            let elapsed_or_max =
+                |then: Option<Instant>| then.map_or(Duration::MAX, |then| then.elapsed());
+            let timed_out = since.elapsed() >= ADMISSION_TIMEOUT;
+            let force_evict =
+                timed_out && elapsed_or_max(queue.last_forced_eviction) >= ADMISSION_TIMEOUT;
+            let may_evict = force_evict
+                || elapsed_or_max(queue.last_failed_eviction) >= ACCEPT_POLL_WHILE_QUEUED;
+            let min_idle = if force_evict { Duration::ZERO } else { MIN_WAIT_BEFORE_EVICTION };
+            let Err(connection) = self.admit(connection, may_evict.then_some(min_idle), queue)
+            else {
+                if force_evict {
+                    queue.last_forced_eviction = Some(Instant::now());
                 }
                 continue;
             };
-            if searches {
-                lobby.searched = Some(Instant::now());
+            if may_evict {
+                queue.last_failed_eviction = Some(Instant::now());
             }
-            if !overdue {
-                return lobby.waiting.push_front((since, newcomer));
+            if !timed_out {
+                return queue.queued.push_front((since, connection));
             }
-            lobby.refuse(newcomer);
+            queue.reject(connection);
         }
     }
 
-    /// Waits for the last answers.
+    /// Waits for the last responses.
     fn drain(&self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + STOP_GRACE;
-        self.wait_until_empty(Instant::now() + STOP_QUIET);
+        let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
+        self.wait_until_empty(Instant::now() + SHUTDOWN_IDLE_GRACE);
         for connection in self.lock().connections.values() {
             connection.close_if_idle();
         }
@@ -414,133 +431,148 @@ where
 
     fn wait_until_empty(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
-        self.bell.notify_all();
-        let _ =
-            self.bell.wait_timeout_while(self.lock(), left, |house| !house.connections.is_empty());
+        self.wakeup.notify_all();
+        let _ = self
+            .wakeup
+            .wait_timeout_while(self.lock(), left, |table| !table.connections.is_empty());
     }
 
-    fn meet(&self, stream: TcpStream, peer: SocketAddr) -> Arc<Connection> {
-        let state = AtomicU64::new(BUSY);
+    fn new_connection(&self, stream: TcpStream, peer: SocketAddr) -> Arc<Connection> {
+        let state = AtomicU64::new(STATE_BUSY);
         Arc::new(Connection { stream, peer, epoch: self.started, state })
     }
 
-    /// Gives a new connection a place and a thread; gives it back if there is none. The place
-    /// may be that of somebody else, see [`Server::evict`], unless `idle_for` is none.
+    /// Admits a connection and makes sure that a worker takes it; gives it back at the connection
+    /// limit. With `min_idle` another connection may be evicted for it, see
+    /// [`Server::evict_longest_waiting`].
     fn admit(
         self: &Arc<Self>,
         connection: Arc<Connection>,
-        idle_for: Option<Duration>,
-        lobby: &mut Lobby,
+        min_idle: Option<Duration>,
+        queue: &mut AcceptQueue,
     ) -> Result<(), Arc<Connection>> {
-        let mut house = self.lock();
+        let mut table = self.lock();
         let mut evicted = None;
-        if house.connections.len() >= self.limits.max_connections {
-            evicted = idle_for.and_then(|idle_for| self.evict(&mut house, idle_for));
+        if table.connections.len() >= self.limits.max_connections {
+            evicted =
+                min_idle.and_then(|min_idle| self.evict_longest_waiting(&mut table, min_idle));
             if evicted.is_none() {
                 return Err(connection);
             }
         }
         let _ = connection.stream.set_nodelay(true);
-        let _ = SockRef::from(&connection.stream).set_send_buffer_size(SEND_BUFFER);
-        connection.wait_for(Phase::New, Instant::now());
-        let key = house.next_key;
-        house.next_key += 1;
-        house.connections.insert(key, Arc::clone(&connection));
-        house.arrivals.push_back((key, connection));
-        // `idle_threads` counts those that have been rung for but have not come
-        // yet, and so does `arrivals`: no connection waits behind a thread that
-        // another one has claimed.
-        if house.idle_threads < house.arrivals.len()
-            && house.threads < self.limits.max_connections + SLACK
+        let _ = SockRef::from(&connection.stream).set_send_buffer_size(SEND_BUFFER_SIZE);
+        connection.begin_wait(WaitState::New, Instant::now());
+        let key = table.next_id;
+        table.next_id += 1;
+        table.connections.insert(key, Arc::clone(&connection));
+        table.pending.push_back((key, connection));
+        // `idle_threads` still counts workers that were notified and have not woken yet, and
+        // `pending` still has their connections: so no connection waits for a worker that
+        // another connection has claimed.
+        if table.idle_threads < table.pending.len()
+            && table.threads < self.limits.max_connections + SPARE_WORKERS
         {
             let server = Arc::clone(self);
-            let worker = thread::Builder::new().name("http".into()).stack_size(STACK);
-            match worker.spawn(move || server.work()) {
-                Ok(_) => house.threads += 1,
-                Err(err) if house.threads == 0 => {
-                    log::error!("no thread for a connection: {err}");
-                    if let Some((key, connection)) = house.arrivals.pop_back() {
-                        house.connections.remove(&key);
+            let worker = thread::Builder::new().name("http".into()).stack_size(WORKER_STACK_SIZE);
+            match worker.spawn(move || server.worker_loop()) {
+                Ok(_) => table.threads += 1,
+                Err(err) if table.threads == 0 => {
+                    log::error!("cannot start a worker thread: {err}");
+                    if let Some((key, connection)) = table.pending.pop_back() {
+                        table.connections.remove(&key);
                         connection.close();
                     }
                 }
-                // Another thread takes it as soon as it is free.
-                Err(err) => log::warn!("one thread less than wanted: {err}"),
+                // Another worker takes the connection as soon as it is free.
+                Err(err) => log::warn!("cannot start another worker thread: {err}"),
             }
         }
-        self.count(&house);
-        drop(house);
-        self.bell.notify_one();
-        evicted.into_iter().for_each(|evicted| lobby.send_away(evicted));
+        self.update_connection_gauge(&table);
+        drop(table);
+        self.wakeup.notify_one();
+        evicted.into_iter().for_each(|evicted| queue.send_503(evicted));
         Ok(())
     }
 
-    /// Takes the place of the connection that has waited longest, idle ones first if they are
-    /// idle for so long, but of none that waits for us: with something to read in its socket.
-    fn evict(&self, house: &mut House, idle_for: Duration) -> Option<Arc<Connection>> {
+    /// Evicts the connection that has waited longest, idle ones first if they have been idle for
+    /// `min_idle`; never one whose input has arrived and waits for us to read it.
+    fn evict_longest_waiting(
+        &self,
+        table: &mut ConnectionTable,
+        min_idle: Duration,
+    ) -> Option<Arc<Connection>> {
         let now = Instant::now();
-        let waiting = house.connections.iter().filter_map(|(key, connection)| {
-            let (phase, since) = connection.waiting()?;
-            let untouchable = if phase == Phase::Idle { idle_for } else { UNTOUCHABLE };
+        let waiting = table.connections.iter().filter_map(|(key, connection)| {
+            let (wait_state, since) = connection.wait_state()?;
+            let untouchable =
+                if wait_state == WaitState::Idle { min_idle } else { MIN_WAIT_BEFORE_EVICTION };
             let waited = now.saturating_duration_since(since);
-            (waited >= untouchable).then_some((phase != Phase::Idle, since, *key, phase))
+            (waited >= untouchable).then_some((
+                wait_state != WaitState::Idle,
+                since,
+                *key,
+                wait_state,
+            ))
         });
-        let mut waiting: Vec<(bool, Instant, u64, Phase)> = waiting.collect();
+        let mut waiting: Vec<(bool, Instant, u64, WaitState)> = waiting.collect();
         waiting.sort_unstable();
-        for (_, _, key, phase) in waiting.into_iter().take(ASKED_TO_LEAVE) {
+        for (_, _, key, wait_state) in waiting.into_iter().take(EVICTION_CANDIDATES) {
             let evicted = |connection: &Arc<Connection>| {
-                // Who does not take the answer may have sent whatever.
-                (phase == Phase::Writing || !connection.has_unread()) && connection.evict()
+                // A client that is not reading its response can be evicted even if it has
+                // pipelined input.
+                (wait_state == WaitState::Writing || !connection.has_buffered_input())
+                    && connection.evict()
             };
-            if house.connections.get(&key).is_some_and(evicted) {
+            if table.connections.get(&key).is_some_and(evicted) {
                 metrics::EVICTED.inc();
-                return house.connections.remove(&key);
+                return table.connections.remove(&key);
             }
         }
         None
     }
 
-    /// The life of a thread: one connection after the other.
-    fn work(&self) {
+    /// Serves one connection after the other.
+    fn worker_loop(&self) {
         loop {
-            let mut house = self.lock();
-            house.idle_threads += 1;
-            let empty = |house: &mut House| house.arrivals.is_empty();
-            let waited = self.bell.wait_timeout_while(house, THREAD_IDLE, empty);
-            house = waited.unwrap_or_else(PoisonError::into_inner).0;
-            house.idle_threads -= 1;
-            let Some((key, connection)) = house.arrivals.pop_front() else {
-                house.threads -= 1;
+            let mut table = self.lock();
+            table.idle_threads += 1;
+            let empty = |table: &mut ConnectionTable| table.pending.is_empty();
+            let waited = self.wakeup.wait_timeout_while(table, WORKER_IDLE_TIMEOUT, empty);
+            table = waited.unwrap_or_else(PoisonError::into_inner).0;
+            table.idle_threads -= 1;
+            let Some((key, connection)) = table.pending.pop_front() else {
+                table.threads -= 1;
                 return;
             };
-            drop(house);
-            // A panic of the handler is caught closer by; this one keeps the books.
+            drop(table);
+            // A panic of the handler is caught in `answer`. This one keeps the table right.
             let _ = catch_unwind(AssertUnwindSafe(|| Session::new(self, &connection).serve()));
-            let mut house = self.lock();
-            house.connections.remove(&key);
-            self.count(&house);
-            let last = house.connections.is_empty();
-            drop(house);
+            let mut table = self.lock();
+            table.connections.remove(&key);
+            self.update_connection_gauge(&table);
+            let last = table.connections.is_empty();
+            drop(table);
             if last && self.stop.is_requested() {
-                self.bell.notify_all();
+                self.wakeup.notify_all();
             }
         }
     }
 
-    fn count(&self, house: &House) {
-        if self.observed {
-            metrics::CONNECTIONS.set(house.connections.len() as i64);
+    fn update_connection_gauge(&self, table: &ConnectionTable) {
+        if self.instrumented {
+            metrics::CONNECTIONS.set(table.connections.len() as i64);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, House> {
-        self.house.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, ConnectionTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What a connection waits for.
+/// What a connection is waiting for.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Phase {
+enum WaitState {
     /// For its first request, of which nothing has come.
     New = 1,
     /// For its next request, of which nothing has come.
@@ -551,81 +583,83 @@ enum Phase {
     Writing,
 }
 
-impl Phase {
-    const ALL: [Phase; 4] = [Phase::New, Phase::Idle, Phase::Reading, Phase::Writing];
+impl WaitState {
+    const ALL: [WaitState; 4] =
+        [WaitState::New, WaitState::Idle, WaitState::Reading, WaitState::Writing];
 }
 
-/// A client's socket and, for whoever looks for a place, what it waits for.
+/// A client's socket and, for evictions, what it is waiting for.
 struct Connection {
     stream: TcpStream,
     peer: SocketAddr,
     epoch: Instant,
-    /// [`BUSY`], [`EVICTED`], or the microseconds between `epoch` and the begin of
-    /// the wait, times eight, plus the [`Phase`].
+    /// [`STATE_BUSY`], [`STATE_EVICTED`], or the microseconds between `epoch` and the begin of the
+    /// wait, times eight, plus the [`WaitState`].
     state: AtomicU64,
 }
 
-const BUSY: u64 = 0;
-const EVICTED: u64 = u64::MAX;
+const STATE_BUSY: u64 = 0;
+const STATE_EVICTED: u64 = u64::MAX;
 
 impl Connection {
-    /// Marks the begin of a wait; once evicted, a connection stays so.
-    fn wait_for(&self, phase: Phase, since: Instant) {
+    /// Marks the begin of a wait. A connection that was evicted stays evicted.
+    fn begin_wait(&self, wait_state: WaitState, since: Instant) {
         let micros = since.saturating_duration_since(self.epoch).as_micros() as u64;
-        let state = micros << 3 | phase as u64;
+        let state = micros << 3 | wait_state as u64;
         let _ = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |old| {
-            (old != EVICTED).then_some(state)
+            (old != STATE_EVICTED).then_some(state)
         });
     }
 
     /// Marks the end of a wait; an error when the connection was evicted meanwhile.
-    fn resume(&self) -> io::Result<()> {
+    fn end_wait(&self) -> io::Result<()> {
         match self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |old| {
-            (old != EVICTED).then_some(BUSY)
+            (old != STATE_EVICTED).then_some(STATE_BUSY)
         }) {
             Ok(_) => Ok(()),
             Err(_) => Err(ErrorKind::ConnectionAborted.into()),
         }
     }
 
-    fn waiting(&self) -> Option<(Phase, Instant)> {
+    fn wait_state(&self) -> Option<(WaitState, Instant)> {
         let state = self.state.load(Ordering::SeqCst);
-        if state == BUSY || state == EVICTED {
+        if state == STATE_BUSY || state == STATE_EVICTED {
             return None;
         }
-        let phase = Phase::ALL.into_iter().find(|phase| *phase as u64 == state & 7)?;
-        Some((phase, self.epoch + Duration::from_micros(state >> 3)))
+        let wait_state =
+            WaitState::ALL.into_iter().find(|wait_state| *wait_state as u64 == state & 7)?;
+        Some((wait_state, self.epoch + Duration::from_micros(state >> 3)))
     }
 
-    /// Takes it from its thread, unless it has just become busy. A reader's client can still
-    /// be told why; a writer's does not listen.
+    /// Ends the connection, unless its worker has just become busy with it. Where it was being
+    /// read, a response can still be sent; where it was being written, the client does not read.
     fn evict(&self) -> bool {
-        let waits = |old| (old != BUSY && old != EVICTED).then_some(EVICTED);
+        let waits = |old| (old != STATE_BUSY && old != STATE_EVICTED).then_some(STATE_EVICTED);
         let evicted = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, waits);
         let Ok(old) = evicted else { return false };
-        let writing = old & 7 == Phase::Writing as u64;
+        let writing = old & 7 == WaitState::Writing as u64;
         let _ = self.stream.shutdown(if writing { Shutdown::Both } else { Shutdown::Read });
         true
     }
 
-    /// Whether bytes have come that its thread has not read yet.
-    fn has_unread(&self) -> bool {
+    /// Whether input has arrived that the worker has not read yet.
+    fn has_buffered_input(&self) -> bool {
         let mut byte = [MaybeUninit::uninit()];
         let peeked =
             SockRef::from(&self.stream).recv_with_flags(&mut byte, MSG_PEEK | MSG_DONTWAIT);
         peeked.is_ok_and(|bytes| bytes > 0)
     }
 
-    /// Drops what has come; whether its client has ended it.
-    fn drop_unread(&self) -> bool {
-        let mut piece = [MaybeUninit::uninit(); READ];
+    /// Discards the input that has arrived; whether the client has closed its side.
+    fn discard_input(&self) -> bool {
+        let mut piece = [MaybeUninit::uninit(); READ_BUFFER_SIZE];
         matches!(SockRef::from(&self.stream).recv_with_flags(&mut piece, MSG_DONTWAIT), Ok(0))
     }
 
     fn close_if_idle(&self) {
-        if self.waiting().is_some_and(|(phase, _)| phase <= Phase::Idle) {
-            // Its thread wakes with an end of file; a request that made it through
-            // before that is still read and answered.
+        if self.wait_state().is_some_and(|(wait_state, _)| wait_state <= WaitState::Idle) {
+            // The worker's read ends with end of file. A request that arrived before is still
+            // read and answered.
             let _ = self.stream.shutdown(Shutdown::Read);
         }
     }
@@ -635,46 +669,47 @@ impl Connection {
     }
 }
 
-/// Connections that have no place: those that wait for one, and those that were told 503,
-/// kept for a moment so that closing them with their request unread does not take the
-/// answer away. The oldest first.
+/// Connections that are not admitted, the oldest first: those that wait for it, and those that
+/// got a 503. The latter are kept for a moment, because closing a socket with unread input would
+/// take the response from the client.
 #[derive(Default)]
-struct Lobby {
-    waiting: VecDeque<(Instant, Arc<Connection>)>,
-    refused: VecDeque<(Instant, Arc<Connection>)>,
-    /// Of both together.
-    most: usize,
-    /// When nobody was found who could be evicted.
-    searched: Option<Instant>,
-    /// When one was evicted who had been idle for a moment only.
-    pressed: Option<Instant>,
+struct AcceptQueue {
+    queued: VecDeque<(Instant, Arc<Connection>)>,
+    lingering: VecDeque<(Instant, Arc<Connection>)>,
+    /// For both together.
+    capacity: usize,
+    /// When the last search for a connection to evict found none.
+    last_failed_eviction: Option<Instant>,
+    /// When the last connection was evicted that had been idle only for a moment.
+    last_forced_eviction: Option<Instant>,
 }
 
-impl Lobby {
-    /// Gives a newcomer a chair.
-    fn receive(&mut self, newcomer: Arc<Connection>) {
-        if self.waiting.len() == self.most {
-            // It has waited for a shorter time than the others, but they are next.
-            self.refuse(newcomer);
+impl AcceptQueue {
+    /// Queues a new connection, or rejects it where the queue is full.
+    fn enqueue(&mut self, connection: Arc<Connection>) {
+        if self.queued.len() == self.capacity {
+            // The others have waited longer and are next.
+            self.reject(connection);
         } else {
-            self.waiting.push_back((Instant::now(), newcomer));
-            self.make_room();
+            self.queued.push_back((Instant::now(), connection));
+            self.trim();
         }
     }
 
-    fn refuse(&mut self, newcomer: Arc<Connection>) {
-        metrics::REFUSED.inc();
-        self.send_away(newcomer);
+    fn reject(&mut self, connection: Arc<Connection>) {
+        metrics::REJECTED.inc();
+        self.send_503(connection);
     }
 
-    /// Says 503. Also to an evicted one that seems to be idle: its next request may be on
-    /// the way, and without an answer nobody could tell whether it was done.
-    fn send_away(&mut self, connection: Arc<Connection>) {
+    /// Sends 503 and keeps the connection for a moment. An evicted connection that looks idle gets
+    /// it too: its next request may be on the way, and without a response its client could not
+    /// know whether the request was processed.
+    fn send_503(&mut self, connection: Arc<Connection>) {
         let id = Uuid::now_v7();
-        let told = "the server has no place left";
+        let detail = "the server has reached its connection limit";
         let body = format!(
             "{{\"type\":\"about:blank\",\"title\":\"Service Unavailable\",\"status\":503,\
-             \"detail\":\"{told}\",\"error\":\"{told}\",\"request_id\":\"{id}\"}}"
+             \"detail\":\"{detail}\",\"error\":\"{detail}\",\"request_id\":\"{id}\"}}"
         );
         let answer = format!(
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\n\
@@ -682,79 +717,80 @@ impl Lobby {
              Connection: close\r\n\r\n{body}",
             body.len()
         );
-        // The answer and the end leave in one segment: half the work, for the client too.
+        // Response and FIN leave in one segment: half the work for both sides.
         let stream = SockRef::from(&connection.stream);
         let _ = stream.send_with_flags(answer.as_bytes(), MSG_DONTWAIT | MSG_MORE);
         let _ = stream.shutdown(Shutdown::Write);
-        self.refused.push_back((Instant::now(), connection));
-        self.make_room();
-        self.sweep();
+        self.lingering.push_back((Instant::now(), connection));
+        self.trim();
+        self.reap();
     }
 
-    /// Forgets of those that were refused as many as are too many.
-    fn make_room(&mut self) {
-        while self.waiting.len() + self.refused.len() > self.most {
-            let Some((_, connection)) = self.refused.pop_front() else { return };
-            connection.drop_unread();
+    /// Closes the oldest rejected connections while the queue is over its capacity.
+    fn trim(&mut self) {
+        while self.queued.len() + self.lingering.len() > self.capacity {
+            let Some((_, connection)) = self.lingering.pop_front() else { return };
+            connection.discard_input();
         }
     }
 
-    /// Drops those at the front that have ended or had their time. Not all are looked
-    /// at: in a flood of clients that would cost each refusal a call for every other.
-    fn sweep(&mut self) {
-        while let Some((since, connection)) = self.refused.front() {
-            if !connection.drop_unread() && since.elapsed() < LINGER {
+    /// Closes rejected connections from the front that their clients have closed or whose time is
+    /// over. It stops at the first other one: under a flood, looking at all of them would cost
+    /// each rejection a system call for every other.
+    fn reap(&mut self) {
+        while let Some((since, connection)) = self.lingering.front() {
+            if !connection.discard_input() && since.elapsed() < LINGER_TIMEOUT {
                 return;
             }
-            self.refused.pop_front();
+            self.lingering.pop_front();
         }
     }
 }
 
-/// One connection's requests, one after the other.
+/// Serves one connection's requests, one after the other.
 struct Session<'s, H> {
     server: &'s Server<H>,
     connection: &'s Connection,
-    /// Bytes read and not yet used: requests may come pipelined.
-    buffer: Vec<u8>,
-    /// Where each read puts what comes; a buffer that grew for it would be zeroed each time.
-    landing: Box<[u8; READ]>,
+    /// Input that was read and not parsed yet: requests may be pipelined.
+    input: Vec<u8>,
+    /// The target of each read. Growing `input` for it instead would zero the memory each time.
+    read_buffer: Box<[u8; READ_BUFFER_SIZE]>,
     read_timeout: Duration,
-    /// The client's address as the log has it.
-    peer: String,
+    /// The client's address as the log shows it.
+    peer_label: String,
 }
 
-/// A request that was read in full.
-struct Incoming<'s> {
+/// A request that was read completely.
+struct ReceivedRequest<'s> {
     head: RequestHead,
     body: Vec<u8>,
-    begun: Instant,
-    /// What the body takes of the memory for bodies, until it is answered.
-    share: Share<'s>,
+    started_at: Instant,
+    /// The memory that the body takes of `max_buffered_bytes`, until the request is answered.
+    reservation: BodyReservation<'s>,
 }
 
-/// Why there is no request.
-enum NoRequest {
-    /// The client has left, or may leave: nothing to say.
+/// Why no request could be read.
+enum ReadError {
+    /// The client has closed the connection, or it may be closed without a response.
     Closed,
-    /// The request is refused; nothing after it can be trusted.
-    Refused(Problem),
+    /// The request is rejected. Where the next one would begin is unknown.
+    Rejected(Problem),
 }
 
-impl From<Problem> for NoRequest {
-    fn from(problem: Problem) -> NoRequest {
-        NoRequest::Refused(problem)
+impl From<Problem> for ReadError {
+    fn from(problem: Problem) -> ReadError {
+        ReadError::Rejected(problem)
     }
 }
 
-/// What a response needs to know of its request.
-struct Asked {
+/// What sending a response needs to know of its request.
+struct ResponseContext {
     method: String,
     path: String,
     request_id: String,
-    http10: bool,
+    is_http10: bool,
     keep_alive: bool,
-    begun: Instant,
+    started_at: Instant,
 }
 
 impl<'s, H> Session<'s, H>
@@ -765,10 +801,10 @@ where
         Session {
             server,
             connection,
-            buffer: Vec::new(),
-            landing: Box::new([0; READ]),
+            input: Vec::new(),
+            read_buffer: Box::new([0; READ_BUFFER_SIZE]),
             read_timeout: Duration::ZERO,
-            peer: connection.peer.to_string(),
+            peer_label: connection.peer.to_string(),
         }
     }
 
@@ -785,121 +821,129 @@ where
                         return;
                     }
                 }
-                Err(NoRequest::Closed) => return,
-                Err(NoRequest::Refused(problem)) => return self.refuse(problem),
+                Err(ReadError::Closed) => return,
+                Err(ReadError::Rejected(problem)) => return self.reject(problem),
             }
             first = false;
         }
     }
 
     /// Reads one request; `first` of its connection.
-    fn next_request(&mut self, first: bool) -> Result<Incoming<'s>, NoRequest> {
+    fn next_request(&mut self, first: bool) -> Result<ReceivedRequest<'s>, ReadError> {
         let limits = &self.server.limits;
-        if self.buffer.is_empty() {
-            let phase = if first { Phase::New } else { Phase::Idle };
-            self.connection.wait_for(phase, Instant::now());
-            // Asked after the wait is marked, so that a stop sees the mark or is seen.
+        if self.input.is_empty() {
+            let wait_state = if first { WaitState::New } else { WaitState::Idle };
+            self.connection.begin_wait(wait_state, Instant::now());
+            // ResponseContext after the wait is marked, so that a stop sees the mark or is seen.
             let timeout = match (first, self.server.stop.is_requested()) {
-                // A new connection is there to ask something.
+                // A new connection is expected to send a request.
                 (true, _) => limits.header_timeout,
                 (false, false) => limits.idle_timeout,
-                // Its client may not know yet that the last answer was the last one.
-                (false, true) => STOP_QUIET,
+                // The client may not know yet that the connection is about to be closed.
+                (false, true) => SHUTDOWN_IDLE_GRACE,
             };
-            if !matches!(self.fill(timeout), Ok(read) if read > 0) {
-                return Err(NoRequest::Closed);
+            if !matches!(self.read_once(timeout), Ok(read) if read > 0) {
+                return Err(ReadError::Closed);
             }
         }
-        let begun = Instant::now();
-        let deadline = begun + limits.header_timeout;
-        let mut scanned = 0;
+        let started_at = Instant::now();
+        let deadline = started_at + limits.header_timeout;
+        let mut scan_offset = 0;
         let head = loop {
-            match http1::parse_next_head(&mut self.buffer, &mut scanned, limits)? {
+            match http1::parse_next_head(&mut self.input, &mut scan_offset, limits)? {
                 Some(head) => break head,
-                None => self.fill_by(deadline, begun, "the head of the request")?,
+                None => {
+                    self.read_until_deadline(deadline, started_at, "the head of the request")?
+                }
             }
         };
-        let mut share = Share { budget: &self.server.bodies, taken: 0 };
-        let body = self.read_body(&head, &mut share)?;
-        Ok(Incoming { head, body, begun, share })
+        let mut reservation = BodyReservation { budget: &self.server.buffered_bytes, taken: 0 };
+        let body = self.read_body(&head, &mut reservation)?;
+        Ok(ReceivedRequest { head, body, started_at, reservation })
     }
 
     fn read_body(
         &mut self,
         head: &RequestHead,
-        share: &mut Share<'_>,
-    ) -> Result<Vec<u8>, NoRequest> {
+        reservation: &mut BodyReservation<'_>,
+    ) -> Result<Vec<u8>, ReadError> {
         if head.framing == BodyFraming::None {
             return Ok(Vec::new());
         }
-        let begun = Instant::now();
-        let deadline = begun + self.server.limits.body_timeout;
-        if head.expects_continue && self.buffer.is_empty() {
+        let started_at = Instant::now();
+        let deadline = started_at + self.server.limits.body_timeout;
+        if head.expects_continue && self.input.is_empty() {
             let go = b"HTTP/1.1 100 Continue\r\n\r\n";
-            (&self.connection.stream).write_all(go).map_err(|_| NoRequest::Closed)?;
+            (&self.connection.stream).write_all(go).map_err(|_| ReadError::Closed)?;
         }
         let mut body = Vec::new();
         let mut reader = BodyDecoder::new(head.framing, self.server.limits.max_body_bytes);
         loop {
-            share.take(self.buffer.len(), self.server.limits.max_buffered_bytes)?;
-            let taken = reader.feed(&self.buffer, &mut body)?;
-            self.buffer.drain(..taken);
+            reservation.reserve(self.input.len(), self.server.limits.max_buffered_bytes)?;
+            let taken = reader.feed(&self.input, &mut body)?;
+            self.input.drain(..taken);
             if reader.is_done() {
                 return Ok(body);
             }
-            self.fill_by(deadline, begun, "the body of the request")?;
+            self.read_until_deadline(deadline, started_at, "the body of the request")?;
         }
     }
 
-    /// Reads what is there, by a deadline for `what`, which began at `since`.
-    fn fill_by(&mut self, deadline: Instant, since: Instant, what: &str) -> Result<(), NoRequest> {
+    /// Reads once, by a deadline for `what`, which began at `since`.
+    fn read_until_deadline(
+        &mut self,
+        deadline: Instant,
+        since: Instant,
+        what: &str,
+    ) -> Result<(), ReadError> {
         let left = deadline.saturating_duration_since(Instant::now());
-        self.connection.wait_for(Phase::Reading, since);
-        let read = if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { self.fill(left) };
+        self.connection.begin_wait(WaitState::Reading, since);
+        let read =
+            if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { self.read_once(left) };
         match read {
             Ok(0) => Err(Problem::bad_request(format!("{what} ends too early")).into()),
             Ok(_) => Ok(()),
-            Err(err) if is_pause(&err) => {
+            Err(err) if is_timeout(&err) => {
                 Err(Problem::new(408, format!("{what} did not arrive in time")).into())
             }
-            Err(_) => Err(NoRequest::Closed),
+            Err(_) => Err(ReadError::Closed),
         }
     }
 
-    /// One read into the buffer, at the end of a wait that the caller has begun.
-    fn fill(&mut self, timeout: Duration) -> io::Result<usize> {
+    /// Reads once into the input, at the end of a wait that the caller has marked.
+    fn read_once(&mut self, timeout: Duration) -> io::Result<usize> {
         if self.read_timeout != timeout {
             self.connection.stream.set_read_timeout(Some(timeout))?;
             self.read_timeout = timeout;
         }
         let read = loop {
-            match (&self.connection.stream).read(&mut self.landing[..]) {
+            match (&self.connection.stream).read(&mut self.read_buffer[..]) {
                 Err(err) if err.kind() == ErrorKind::Interrupted => (),
                 read => break read,
             }
         };
-        self.buffer.extend_from_slice(&self.landing[..*read.as_ref().unwrap_or(&0)]);
-        self.connection.resume()?;
+        self.input.extend_from_slice(&self.read_buffer[..*read.as_ref().unwrap_or(&0)]);
+        self.connection.end_wait()?;
         read
     }
 
-    /// Lets the handler answer; whether the connection may go on.
-    fn answer(&mut self, incoming: Incoming<'_>) -> bool {
-        let Incoming { head, body, begun, share } = incoming;
+    /// Calls the handler and sends its response; whether the connection stays open.
+    fn answer(&mut self, incoming: ReceivedRequest<'_>) -> bool {
+        let ReceivedRequest { head, body, started_at, reservation } = incoming;
         let mut headers = head.headers;
-        let request_id = settle_request_id(&mut headers);
+        let request_id = ensure_request_id(&mut headers);
         let wants_more = head.keep_alive;
-        let asked = Asked {
+        let context = ResponseContext {
             path: head.target.split('?').next().unwrap_or_default().to_owned(),
             keep_alive: wants_more && !self.server.stop.is_requested(),
             method: head.method,
             request_id,
-            http10: head.is_http10,
-            begun,
+            is_http10: head.is_http10,
+            started_at,
         };
         let request = Request::fake_http_from(
             self.connection.peer,
-            &asked.method,
+            &context.method,
             head.target,
             headers,
             body,
@@ -908,52 +952,53 @@ where
         let answer = answer
             .unwrap_or_else(|_| RoutedResponse { route: "", result: Err(Problem::internal()) });
         let RoutedResponse { route, result } = answer;
-        drop((request, share));
+        drop((request, reservation));
         let response = result.unwrap_or_else(|problem| {
             if problem.status() >= 500 {
-                let Asked { method, path, request_id, .. } = &asked;
-                log::error!("{method} {}: {problem} id={request_id}", loggable(path));
+                let ResponseContext { method, path, request_id, .. } = &context;
+                log::error!("{method} {}: {problem} id={request_id}", escape_for_log(path));
             }
-            problem.into_response(&asked.request_id)
+            problem.into_response(&context.request_id)
         });
-        // A stop that came meanwhile: the client learns with this answer that it is the last.
-        let keep_alive = asked.keep_alive && !self.server.stop.is_requested();
-        let asked = Asked { keep_alive, ..asked };
-        let sent = self.send(&asked, route, response);
-        // A client that did not want to go on has sent nothing more.
+        // After a stop that came meanwhile, the response says `Connection: close`.
+        let keep_alive = context.keep_alive && !self.server.stop.is_requested();
+        let context = ResponseContext { keep_alive, ..context };
+        let sent = self.send(&context, route, response);
+        // A client that asked for `Connection: close` has sent nothing more.
         if matches!(sent, Ok(false)) && wants_more {
-            self.linger();
+            self.linger_close();
         }
         matches!(sent, Ok(true))
     }
 
-    /// Answers a request that could not be read, and ends the connection.
-    fn refuse(&mut self, problem: Problem) {
+    /// Sends the response to a request that could not be read, and closes the connection.
+    fn reject(&mut self, problem: Problem) {
         let request_id = Uuid::now_v7().to_string();
         let response = problem.into_response(&request_id);
-        let asked = Asked {
+        let context = ResponseContext {
             method: "-".into(),
             path: "-".into(),
             request_id,
-            http10: false,
+            is_http10: false,
             keep_alive: false,
-            begun: Instant::now(),
+            started_at: Instant::now(),
         };
-        if self.send(&asked, "", response).is_ok() {
-            self.linger();
+        if self.send(&context, "", response).is_ok() {
+            self.linger_close();
         }
     }
 
-    /// Writes an answer, counts it and logs it; whether the connection may go on.
-    fn send(&self, asked: &Asked, route: &str, response: Response) -> io::Result<bool> {
+    /// Writes a response, counts it and logs it; whether the connection stays open.
+    fn send(&self, context: &ResponseContext, route: &str, response: Response) -> io::Result<bool> {
         let status = response.status_code;
-        let mut writer = Writer { session: self, sent: 0, blocked: Duration::ZERO };
-        let written = catch_unwind(AssertUnwindSafe(|| writer.write(asked, response)));
+        let mut writer =
+            ResponseWriter { session: self, body_bytes: 0, time_blocked: Duration::ZERO };
+        let written = catch_unwind(AssertUnwindSafe(|| writer.write(context, response)));
         let written =
             written.unwrap_or_else(|_| Err(io::Error::other("the body's reader panicked")));
-        if self.server.observed {
-            let elapsed = asked.begun.elapsed();
-            let method = match asked.method.as_str() {
+        if self.server.instrumented {
+            let elapsed = context.started_at.elapsed();
+            let method = match context.method.as_str() {
                 known
                 @ ("GET" | "HEAD" | "POST" | "PUT" | "DELETE" | "PATCH" | "OPTIONS" | "-") => known,
                 _ => "other",
@@ -964,29 +1009,29 @@ where
             metrics::REQUEST_SECONDS.with_label_values(&[route]).observe(elapsed.as_secs_f64());
             log::info!(
                 "{} {} {status} {:.1}ms {}B id={} peer={}{}",
-                asked.method,
-                loggable(&asked.path),
+                context.method,
+                escape_for_log(&context.path),
                 elapsed.as_secs_f64() * 1e3,
-                writer.sent,
-                asked.request_id,
-                self.peer,
+                writer.body_bytes,
+                context.request_id,
+                self.peer_label,
                 written.as_ref().err().map(|err| format!(" cut short: {err}")).unwrap_or_default(),
             );
         }
         written
     }
 
-    /// Says that nothing more will come, and drops what the client still sends.
-    fn linger(&mut self) {
-        let begun = Instant::now();
+    /// Closes our side, and discards what the client still sends.
+    fn linger_close(&mut self) {
+        let started_at = Instant::now();
         let _ = self.connection.stream.shutdown(Shutdown::Write);
         let mut dropped = 0;
-        while dropped < LINGER_BYTES {
-            let left = LINGER.saturating_sub(begun.elapsed());
-            self.buffer.clear();
-            // All is said: nobody is easier to do without.
-            self.connection.wait_for(Phase::Idle, begun);
-            match self.fill(left.max(Duration::from_millis(1))) {
+        while dropped < LINGER_MAX_BYTES {
+            let left = LINGER_TIMEOUT.saturating_sub(started_at.elapsed());
+            self.input.clear();
+            // The response is complete: this connection is the first candidate for eviction.
+            self.connection.begin_wait(WaitState::Idle, started_at);
+            match self.read_once(left.max(Duration::from_millis(1))) {
                 Ok(read) if read > 0 && !left.is_zero() => dropped += read,
                 _ => return,
             }
@@ -994,30 +1039,30 @@ where
     }
 }
 
-/// A request's part of the memory for bodies; given back when it is dropped.
-struct Share<'b> {
+/// A request's part of `max_buffered_bytes`; released when it is dropped.
+struct BodyReservation<'b> {
     budget: &'b AtomicUsize,
     taken: usize,
 }
 
-impl Share<'_> {
-    fn take(&mut self, bytes: usize, limit: usize) -> Result<(), Problem> {
+impl BodyReservation<'_> {
+    fn reserve(&mut self, bytes: usize, limit: usize) -> Result<(), Problem> {
         self.taken += bytes;
         if self.budget.fetch_add(bytes, Ordering::SeqCst) + bytes > limit {
-            return Err(Problem::unavailable("too many large bodies at once"));
+            return Err(Problem::unavailable("too many large buffered_bytes at once"));
         }
         Ok(())
     }
 }
 
-impl Drop for Share<'_> {
+impl Drop for BodyReservation<'_> {
     fn drop(&mut self) {
         self.budget.fetch_sub(self.taken, Ordering::SeqCst);
     }
 }
 
-/// The client's request id if it is sane, else a new one; the request carries it from now on.
-fn settle_request_id(headers: &mut Vec<(String, String)>) -> String {
+/// The client's request id if it is valid, else a new one; the request has it from now on.
+fn ensure_request_id(headers: &mut Vec<(String, String)>) -> String {
     let sane = |id: &str| {
         (1..=128).contains(&id.len())
             && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(&byte))
@@ -1030,138 +1075,144 @@ fn settle_request_id(headers: &mut Vec<(String, String)>) -> String {
     id
 }
 
-/// Puts a response on the wire.
-struct Writer<'w, 's, H> {
+/// Writes a response to the socket.
+struct ResponseWriter<'w, 's, H> {
     session: &'w Session<'s, H>,
-    /// Bytes of the body.
-    sent: u64,
+    /// Bytes of the body that were sent.
+    body_bytes: u64,
     /// Time spent waiting for the client.
-    blocked: Duration,
+    time_blocked: Duration,
 }
 
-impl<H> Writer<'_, '_, H> {
-    fn write(&mut self, asked: &Asked, response: Response) -> io::Result<bool> {
+impl<H> ResponseWriter<'_, '_, H> {
+    fn write(&mut self, context: &ResponseContext, response: Response) -> io::Result<bool> {
         let Response { status_code: status, headers, data, .. } = response;
         let (mut body, size) = data.into_reader_and_size();
-        let bodiless = status < 200 || status == 204 || status == 304;
-        let head_only = bodiless || asked.method == "HEAD";
+        let has_no_body = status < 200 || status == 204 || status == 304;
+        let head_only = has_no_body || context.method == "HEAD";
 
-        // The begin of the body, enough to see whether that is all of it.
-        let mut start = vec![0; size.unwrap_or(WRITE_BUFFER).min(WRITE_BUFFER)];
-        let filled = if bodiless { 0 } else { read_full(&mut body, &mut start)? };
+        // The begin of the body, enough to see whether it is complete.
+        let mut start = vec![0; size.unwrap_or(WRITE_BUFFER_SIZE).min(WRITE_BUFFER_SIZE)];
+        let filled = if has_no_body { 0 } else { read_full(&mut body, &mut start)? };
         start.truncate(filled);
-        let whole = size.is_none() && filled < WRITE_BUFFER;
-        let length = if whole { Some(filled) } else { size };
+        let complete = size.is_none() && filled < WRITE_BUFFER_SIZE;
+        let length = if complete { Some(filled) } else { size };
 
         let mut out = Vec::with_capacity((1 << 10) + start.len());
         write!(out, "HTTP/1.1 {status} {}\r\n", reason_phrase(status))?;
-        let mut announced = None;
+        let mut declared_length = None;
         for (name, value) in &headers {
             if name.eq_ignore_ascii_case("Content-Length") {
-                announced = Some(value);
-            } else if is_sound(name, value) {
-                put_header(&mut out, name, value);
+                declared_length = Some(value);
+            } else if is_valid_header(name, value) {
+                push_header(&mut out, name, value);
             } else {
                 log::warn!("a malformed response header {name:?} was left out");
             }
         }
         let has = |wanted: &str| headers.iter().any(|(name, _)| name.eq_ignore_ascii_case(wanted));
         if !has("Date") {
-            put_header(&mut out, "Date", &httpdate::fmt_http_date(SystemTime::now()));
+            push_header(&mut out, "Date", &httpdate::fmt_http_date(SystemTime::now()));
         }
         if !has("X-Request-Id") {
-            put_header(&mut out, "X-Request-Id", &asked.request_id);
+            push_header(&mut out, "X-Request-Id", &context.request_id);
         }
-        match (length, announced) {
-            _ if bodiless => (),
-            // What a GET would have brought, told by whoever would have answered it.
-            (_, Some(announced)) if head_only => write!(out, "Content-Length: {announced}\r\n")?,
+        match (length, declared_length) {
+            _ if has_no_body => (),
+            // The length that a GET would have had, where the handler knows it.
+            (_, Some(declared_length)) if head_only => {
+                write!(out, "Content-Length: {declared_length}\r\n")?
+            }
             (Some(length), _) => write!(out, "Content-Length: {length}\r\n")?,
-            (None, _) if asked.http10 => (),
+            (None, _) if context.is_http10 => (),
             (None, _) => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
         }
-        // Only the end of the connection tells an HTTP/1.0 client the end of such a body.
-        let ends_by_closing = asked.http10 && length.is_none() && !head_only;
-        let keep_alive = asked.keep_alive && !ends_by_closing;
+        // An HTTP/1.0 client recognises the end of such a body only by the end of the connection.
+        let ends_by_closing = context.is_http10 && length.is_none() && !head_only;
+        let keep_alive = context.keep_alive && !ends_by_closing;
         if !keep_alive {
             out.extend_from_slice(b"Connection: close\r\n");
-        } else if asked.http10 {
+        } else if context.is_http10 {
             out.extend_from_slice(b"Connection: keep-alive\r\n");
         }
         out.extend_from_slice(b"\r\n");
 
         if head_only {
-            self.put(&out, 0)?;
+            self.write_all(&out, 0)?;
             return Ok(keep_alive);
         }
-        let chunked = length.is_none() && !asked.http10;
-        append(&mut out, &start, chunked);
+        let chunked = length.is_none() && !context.is_http10;
+        push_chunk(&mut out, &start, chunked);
         drop(start);
-        self.put(&out, filled)?;
+        self.write_all(&out, filled)?;
         drop(out);
         let mut left = length.map(|length| length - filled);
-        // One buffer, with room for what makes a chunk: a slow reader keeps it for long.
+        // One buffer, with room for the chunk header: a slow client occupies it for long.
         let mut buffer = Vec::new();
         while left != Some(0) {
-            buffer.resize(CHUNK_HEAD + PIECE + 2, 0);
-            let most = left.unwrap_or(PIECE).min(PIECE);
-            let read = read_some(&mut body, &mut buffer[CHUNK_HEAD..][..most])?;
+            buffer.resize(CHUNK_HEADER_SIZE + CHUNK_SIZE + 2, 0);
+            let most = left.unwrap_or(CHUNK_SIZE).min(CHUNK_SIZE);
+            let read = read_some(&mut body, &mut buffer[CHUNK_HEADER_SIZE..][..most])?;
             if read == 0 {
                 break;
             }
-            let mut piece = CHUNK_HEAD..CHUNK_HEAD + read;
+            let mut piece = CHUNK_HEADER_SIZE..CHUNK_HEADER_SIZE + read;
             if chunked {
                 let size = format!("{read:x}\r\n");
                 buffer[piece.end..][..2].copy_from_slice(b"\r\n");
-                piece = CHUNK_HEAD - size.len()..piece.end + 2;
-                buffer[piece.start..CHUNK_HEAD].copy_from_slice(size.as_bytes());
+                piece = CHUNK_HEADER_SIZE - size.len()..piece.end + 2;
+                buffer[piece.start..CHUNK_HEADER_SIZE].copy_from_slice(size.as_bytes());
             }
-            self.put(&buffer[piece], read)?;
+            self.write_all(&buffer[piece], read)?;
             left = left.map(|left| left - read);
         }
         if left.is_some_and(|left| left > 0) {
             return Err(io::Error::new(ErrorKind::UnexpectedEof, "the body is too short"));
         }
         if chunked {
-            self.put(b"0\r\n\r\n", 0)?;
+            self.write_all(b"0\r\n\r\n", 0)?;
         }
         Ok(keep_alive)
     }
 
     /// Writes all of `bytes`, of which `body` belong to the body, unless the
     /// client takes too long.
-    fn put(&mut self, mut bytes: &[u8], body: usize) -> io::Result<()> {
+    fn write_all(&mut self, mut bytes: &[u8], body: usize) -> io::Result<()> {
         let Session { connection, server, .. } = self.session;
-        let begun = Instant::now();
-        connection.wait_for(Phase::Writing, begun.checked_sub(self.blocked).unwrap_or(begun));
+        let started_at = Instant::now();
+        connection.begin_wait(
+            WaitState::Writing,
+            started_at.checked_sub(self.time_blocked).unwrap_or(started_at),
+        );
         while !bytes.is_empty() {
             match (&connection.stream).write(bytes) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(written) => bytes = &bytes[written..],
                 Err(err) if err.kind() == ErrorKind::Interrupted => (),
-                Err(err) if is_pause(&err) => return Err(ErrorKind::TimedOut.into()),
+                Err(err) if is_timeout(&err) => return Err(ErrorKind::TimedOut.into()),
                 Err(err) => return Err(err),
             }
-            let earned = Duration::from_millis(self.sent * 1000 / MIN_WRITE_RATE);
-            if self.blocked + begun.elapsed() > server.limits.write_timeout + earned {
+            let extra_time =
+                Duration::from_millis(self.body_bytes * 1000 / MIN_WRITE_BYTES_PER_SEC);
+            if self.time_blocked + started_at.elapsed() > server.limits.write_timeout + extra_time {
                 return Err(ErrorKind::TimedOut.into());
             }
         }
-        self.blocked += begun.elapsed();
-        self.sent += body as u64;
-        connection.resume()
+        self.time_blocked += started_at.elapsed();
+        self.body_bytes += body as u64;
+        connection.end_wait()
     }
 }
 
-/// Adds a header field; `write!` would take five times as long.
-fn put_header(out: &mut Vec<u8>, name: &str, value: &str) {
+/// Appends a header field. `write!` would take five times as long.
+fn push_header(out: &mut Vec<u8>, name: &str, value: &str) {
     for piece in [name, ": ", value, "\r\n"] {
         out.extend_from_slice(piece.as_bytes());
     }
 }
 
-/// Adds a piece of a body, as a chunk where the body is chunked.
-fn append(out: &mut Vec<u8>, piece: &[u8], chunked: bool) {
+/// Appends a part of a body, as a chunk where the body is chunked.
+fn push_chunk(out: &mut Vec<u8>, piece: &[u8], chunked: bool) {
     if !chunked {
         out.extend_from_slice(piece);
     } else if !piece.is_empty() {
@@ -1192,16 +1243,16 @@ fn read_some(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// Whether a header cannot break the head it stands in.
-fn is_sound(name: &str, value: &str) -> bool {
+/// Whether a header field cannot break the message head that it is in.
+fn is_valid_header(name: &str, value: &str) -> bool {
     !name.is_empty()
         && name.bytes().all(http1::is_token)
         && !value.bytes().any(|byte| byte.is_ascii_control() && byte != b'\t')
 }
 
-/// A path without what a terminal or a log reader might take for its own: some
-/// letters beyond ASCII are controls or line ends.
-fn loggable(path: &str) -> Cow<'_, str> {
+/// A path without what a terminal or a log reader might interpret: some letters beyond ASCII are
+/// control characters or line ends.
+fn escape_for_log(path: &str) -> Cow<'_, str> {
     if path.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Cow::Borrowed(path);
     }
@@ -1212,8 +1263,8 @@ fn loggable(path: &str) -> Cow<'_, str> {
     Cow::Owned(path.chars().map(escaped).collect())
 }
 
-/// How a socket says that its timeout has passed.
-fn is_pause(err: &io::Error) -> bool {
+/// Whether a socket call ended because its timeout has passed.
+fn is_timeout(err: &io::Error) -> bool {
     matches!(err.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
@@ -1223,14 +1274,17 @@ mod tests {
 
     #[test]
     fn as_many_connections_are_let_in_as_there_are_descriptors_for() {
-        assert!(places(1024, 2, 0) > 256, "the usual limit is enough for the usual setting");
-        assert_eq!(places(64, 2, 0), 5);
-        assert_eq!(places(64, 1, 8), 4);
-        assert_eq!(places(16, 2, 0), 1);
+        assert!(
+            connections_for_fds(1024, 2, 0) > 256,
+            "the usual limit is enough for the usual setting"
+        );
+        assert_eq!(connections_for_fds(64, 2, 0), 5);
+        assert_eq!(connections_for_fds(64, 1, 8), 4);
+        assert_eq!(connections_for_fds(16, 2, 0), 1);
     }
 
     #[test]
     fn the_limit_of_this_process_is_known() {
-        assert!(descriptors().is_none_or(|allowed| allowed > 16));
+        assert!(fd_limit().is_none_or(|allowed| allowed > 16));
     }
 }
