@@ -37,13 +37,22 @@ pub fn binaries() -> PathBuf {
 /// The variables of one stack: what differs from `.env`.
 #[derive(Clone)]
 pub struct Stack {
+    /// The loopback address on which its services listen.
     pub address: Ipv4Addr,
+    /// Variables and their values.
     pub env: BTreeMap<String, String>,
     /// The network namespaces in which services run; those without one run in this process's own.
     pub namespaces: BTreeMap<String, String>,
 }
 
+impl Default for Stack {
+    fn default() -> Stack {
+        Stack::new()
+    }
+}
+
 impl Stack {
+    /// A stack on an address of its own, with the usual ports.
     pub fn new() -> Stack {
         let address = own_address();
         let mut stack = Stack { address, env: BTreeMap::new(), namespaces: BTreeMap::new() };
@@ -57,11 +66,13 @@ impl Stack {
         stack
     }
 
+    /// Sets a variable.
     pub fn set(&mut self, name: &str, value: impl ToString) -> &mut Stack {
         self.env.insert(name.to_owned(), value.to_string());
         self
     }
 
+    /// The URL of a path at the gateway.
     pub fn url(&self, path: &str) -> String {
         format!("{}{path}", self.service_url("gateway"))
     }
@@ -133,11 +144,13 @@ impl Stack {
 
 /// A running process; killed when it is dropped.
 pub struct Service {
+    /// The process.
     pub child: Child,
     log: PathBuf,
 }
 
 impl Service {
+    /// What it has logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }

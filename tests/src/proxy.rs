@@ -28,6 +28,7 @@ pub enum Mode {
     Refuse,
 }
 
+/// One of the two directions of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// What the client sends; the server hears nothing.
