@@ -303,8 +303,8 @@ fn patience(platform: &Platform, what: What) -> Duration {
         return Duration::MAX;
     }
     let deadlines: &[&str] = match what {
-        What::Movies | What::StubbornMovies => &["FORWARD_CONNECT", "FORWARD"],
-        _ => &["PUBLISH"],
+        What::Movies | What::StubbornMovies => &["UPSTREAM_CONNECT", "UPSTREAM_RESPONSE"],
+        _ => &["PUBLISH_CONFIRM"],
     };
     let milliseconds =
         deadlines.iter().map(|name| test_var(&format!("GATEWAY_{name}_TIMEOUT_MS")).parse::<u64>());

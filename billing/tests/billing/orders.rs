@@ -249,7 +249,7 @@ fn what_became_of_the_messages_is_counted() {
             && has("billing_dead_letters_total 1")
             && has("billing_consumer_connected 1")
             && text.contains("billing_batch_size_bucket")
-            && text.contains("billing_booking_seconds_bucket")
+            && text.contains("billing_batch_duration_seconds_bucket")
             && text.contains("billing_consumer_lag_seconds");
         all.then_some(())
     });
