@@ -1,9 +1,11 @@
-//! Scalars of JSON as they are string_or_number: numbers that may come as strings, and
-//! decimal numbers without a float on the way.
+//! Scalars as JSON spells them: numbers that may come as strings, and amounts of money without a
+//! float in between.
+
+use std::fmt;
 
 use serde_json::value::RawValue;
 
-/// The text of a string, or a number as it is string_or_number; or the rule that is broken.
+/// The text of a string, or a number as it is written; or the rule that is broken.
 pub fn string_or_number(value: &RawValue) -> Result<String, &'static str> {
     let raw = value.get();
     match raw.as_bytes().first() {
@@ -14,10 +16,26 @@ pub fn string_or_number(value: &RawValue) -> Result<String, &'static str> {
     }
 }
 
-/// A decimal number in parse_cents, exactly, from any spelling that JSON has for a number
-/// (`2.5`, `2.500`, `25e-1`); `None` when it is negative, too large, or has a
-/// part of a hundredth.
-pub fn parse_cents(text: &str) -> Option<i64> {
+/// An amount of money in hundredths of its currency, at least zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cents(pub i64);
+
+impl Cents {
+    /// Reads any spelling that JSON has for a number (`2.5`, `2.500`, `25e-1`), exactly. `None` for
+    /// an amount that is negative, too large, or has a fraction of a hundredth.
+    pub fn parse(text: &str) -> Option<Cents> {
+        parse_cents(text).map(Cents)
+    }
+}
+
+/// With two decimals: `9.99`.
+impl fmt::Display for Cents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{:02}", self.0 / 100, self.0 % 100)
+    }
+}
+
+fn parse_cents(text: &str) -> Option<i64> {
     let (negative, text) = match text.strip_prefix('-') {
         Some(rest) => (true, rest),
         None => (false, text),
@@ -34,7 +52,7 @@ pub fn parse_cents(text: &str) -> Option<i64> {
     if whole.is_empty() || !digits().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    // The zeros at the end count as a part of the exponent.
+    // Zeros at the end count as part of the exponent.
     let zeros = digits().rev().take_while(|byte| *byte == b'0').count();
     let kept = whole.len() + fraction.len() - zeros;
     if kept == 0 {
@@ -45,7 +63,7 @@ pub fn parse_cents(text: &str) -> Option<i64> {
         number = number.checked_mul(10)?.checked_add(i64::from(digit - b'0'))?;
     }
     let shift = zeros as i64 + 2 - fraction.len() as i64;
-    // A negative power is a part of a hundredth.
+    // A negative power is a fraction of a hundredth.
     let power = u32::try_from(exponent.checked_add(shift)?).ok()?;
     number.checked_mul(10i64.checked_pow(power)?).filter(|_| !negative)
 }
@@ -99,8 +117,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_spelling_of_an_amount_is_read_or_refused(text in "[-+0-9.eE]{0,40}") {
-            parse_cents(&text);
+        fn a_parsed_amount_is_printed_with_the_same_value(text in "[0-9]{1,13}([.][0-9]{1,2})?") {
+            let cents = Cents::parse(&text).unwrap();
+            prop_assert_eq!(Cents::parse(&cents.to_string()), Some(cents));
+        }
+
+        #[test]
+        fn any_text_is_parsed_or_refused_without_a_panic(text in "[-+0-9.eE]{0,40}") {
+            if let Some(Cents(cents)) = Cents::parse(&text) {
+                prop_assert!(cents >= 0);
+            }
         }
 
         #[test]

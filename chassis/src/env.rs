@@ -6,17 +6,17 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, ToSocketAddrs};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// A value that must not be printed.
+/// A value that is never printed.
 #[derive(Clone, Default)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The value itself: the one way out.
+    /// The value.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -28,9 +28,12 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Returned for an address that cannot be resolved, next to its error.
+const UNSPECIFIED: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+
 type Lookup = dyn Fn(&str) -> Option<String>;
 
-/// Reads variables and remembers every error until [`Env::finish`].
+/// Reads variables and collects every error until [`Env::finish`].
 pub struct Env {
     lookup: Box<Lookup>,
     errors: Vec<String>,
@@ -67,7 +70,7 @@ impl Env {
         (self.lookup)(name).filter(|value| !value.is_empty())
     }
 
-    /// Adds a error that only the caller can see, named after its variable.
+    /// Adds an error of the caller's own; it names the variable, never its value.
     pub fn error(&mut self, error: &str) {
         self.errors.push(error.to_owned());
     }
@@ -108,13 +111,10 @@ impl Env {
 
     /// A required address in two variables, a host and a port.
     pub fn host_port(&mut self, host: &str, port: &str) -> SocketAddr {
-        let number = self.number(port, 0, 1..=u16::MAX);
-        if number == 0 {
-            let error = format!("{port} is missing");
-            if !self.errors.iter().any(|known| known.starts_with(port)) {
-                self.errors.push(error);
-            }
+        if self.optional(port).is_none() {
+            self.errors.push(format!("{port} is missing"));
         }
+        let number = self.number(port, 0, 1..=u16::MAX);
         let name = self.required(host);
         // An IPv6 address needs its brackets before a port can follow.
         let joined = if name.contains(':') {
@@ -126,15 +126,14 @@ impl Env {
     }
 
     fn resolve(&mut self, name: &str, value: &str) -> SocketAddr {
-        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
         if value.is_empty() || value.starts_with(':') {
-            return nowhere;
+            return UNSPECIFIED;
         }
         match value.to_socket_addrs().ok().and_then(|mut found| found.next()) {
             Some(address) => address,
             None => {
                 self.errors.push(format!("{name} is not an address that resolves"));
-                nowhere
+                UNSPECIFIED
             }
         }
     }
@@ -148,7 +147,7 @@ impl Env {
     }
 }
 
-/// The nearest `.env`; empty where there is none.
+/// The values of the nearest `.env`; empty where there is none.
 fn load_dotenv() -> Result<HashMap<String, String>, String> {
     let error = |err| format!(".env: {err}");
     let here = std::env::current_dir().map_err(error)?;
@@ -158,11 +157,15 @@ fn load_dotenv() -> Result<HashMap<String, String>, String> {
     }
 }
 
-/// Lines `NAME=value`, each value as it stands, without quotes or expansion: so the scripts
-/// and PM2 read them too, and a password may have any character in it. No line is shown to
-/// anybody who reads the error, because it may hold one.
+/// Parses lines `NAME=value`. A value is taken literally, without quotes or expansion: the scripts,
+/// PM2 and Vagrant read it in the same way, and a password may have any character in it. An error
+/// names the line and does not show it, because it may hold a password.
 fn parse_dotenv(text: &str) -> Result<HashMap<String, String>, String> {
+    if text.starts_with('\u{feff}') {
+        return Err(".env: line 1 begins with a byte order mark; save the file without it".into());
+    }
     let mut values = HashMap::new();
+    let mut lines: HashMap<&str, usize> = HashMap::new();
     for (number, line) in (1..).zip(text.lines()) {
         if line.trim().is_empty() || line.starts_with('#') {
             continue;
@@ -172,11 +175,14 @@ fn parse_dotenv(text: &str) -> Result<HashMap<String, String>, String> {
                 && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
         };
         let Some((name, value)) = line.split_once('=').filter(|(name, _)| is_name(name)) else {
-            return Err(format!(".env: line {number} is not NAME=value"));
+            return Err(format!(
+                ".env: line {number} is not NAME=value (no \"export\", no space before \"=\")"
+            ));
         };
-        if values.insert(name.to_owned(), value.to_owned()).is_some() {
-            return Err(format!(".env: {name} is there twice"));
+        if let Some(first) = lines.insert(name, number) {
+            return Err(format!(".env: line {number} sets {name} again, which line {first} sets"));
         }
+        values.insert(name.to_owned(), value.to_owned());
     }
     Ok(values)
 }
@@ -198,8 +204,16 @@ mod tests {
         env.secret("PASSWORD");
         env.number("THREADS", 4, 1..=256);
         env.host_port("HOST", "PORT");
+        env.host_port("HOST", "OTHER_PORT");
+        env.host_port("HOST", "PORT_OF_METRICS");
         let message = env.finish(()).unwrap_err().to_string();
-        for error in ["PASSWORD is missing", "THREADS must be", "PORT must be"] {
+        for error in [
+            "PASSWORD is missing",
+            "THREADS must be",
+            "PORT must be",
+            "OTHER_PORT is missing",
+            "PORT_OF_METRICS is missing",
+        ] {
             assert!(message.contains(error), "{message}");
         }
         assert!(!message.contains("many") && !message.contains("99999"), "{message}");
@@ -215,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn values_in_the_file_are_taken_as_they_stand() {
+    fn values_of_the_file_are_taken_literally() {
         let text = "# a comment\n\nPASSWORD=a'b\"c$HOME\\ #d=e \r\nEMPTY=\n_a1=x";
         let expected = [("PASSWORD", "a'b\"c$HOME\\ #d=e "), ("EMPTY", ""), ("_a1", "x")];
         let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
@@ -223,12 +237,29 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_the_file_that_cannot_be_read_is_named_and_not_shown() {
+    fn a_line_of_the_file_that_cannot_be_parsed_is_named_and_not_shown() {
         for (text, error) in [
-            ("A=1\nPASSWORD hunter2", ".env: line 2 is not NAME=value"),
-            ("PASSWORD hunter2=", ".env: line 1 is not NAME=value"),
-            ("=hunter2", ".env: line 1 is not NAME=value"),
-            ("PASSWORD=hunter2\nPASSWORD=hunter3", ".env: PASSWORD is there twice"),
+            (
+                "A=1\nPASSWORD hunter2",
+                ".env: line 2 is not NAME=value (no \"export\", no space before \"=\")",
+            ),
+            (
+                "PASSWORD hunter2=",
+                ".env: line 1 is not NAME=value (no \"export\", no space before \"=\")",
+            ),
+            (
+                "export PASSWORD=hunter2",
+                ".env: line 1 is not NAME=value (no \"export\", no space before \"=\")",
+            ),
+            (
+                "\u{feff}PASSWORD=hunter2",
+                ".env: line 1 begins with a byte order mark; save the file without it",
+            ),
+            ("=hunter2", ".env: line 1 is not NAME=value (no \"export\", no space before \"=\")"),
+            (
+                "PASSWORD=hunter2\nPASSWORD=hunter3",
+                ".env: line 2 sets PASSWORD again, which line 1 sets",
+            ),
         ] {
             assert_eq!(parse_dotenv(text).unwrap_err(), error);
         }

@@ -1,13 +1,15 @@
-//! What every service needs before it knows what it is about: configuration,
-//! logging, the HTTP server, problem documents, the database pool, the broker
-//! connection, health, metrics and the stop signal.
+//! What every service needs before it knows its subject: configuration, logging, the HTTP
+//! server, problem documents, entity tags, the database pool, the broker connection, health,
+//! metrics and the stop signal.
 //!
-//! No business noun, table, route, queue name or upstream may appear in here.
+//! No business noun, table, route, queue name or upstream may appear here.
 
+pub mod backoff;
 pub mod broker;
 pub mod db;
 pub mod decimal;
 pub mod env;
+pub mod etag;
 pub mod health;
 pub mod http1;
 pub mod logging;
@@ -21,6 +23,8 @@ pub mod server;
 pub mod stop;
 #[cfg(feature = "testing")]
 pub mod testing;
+#[cfg(feature = "upstream")]
+pub mod upstream;
 
 pub use env::{Env, Secret};
 pub use problem::Problem;

@@ -1,4 +1,4 @@
-//! What a client is told when a request is not served: RFC 9457 problem details.
+//! The answer to a request that is refused or fails: RFC 9457 problem details.
 
 use std::error::Error;
 use std::fmt;
@@ -6,10 +6,7 @@ use std::fmt;
 use rouille::Response;
 use serde::Serialize;
 
-use crate::db;
-
-/// A refusal or a failure: what the client is told and, apart from it, the cause
-/// that only the log is told.
+/// A refusal or a failure. The client gets the detail; the cause goes only to the log.
 #[derive(Debug)]
 pub struct Problem {
     status: u16,
@@ -33,7 +30,7 @@ impl Problem {
         }
     }
 
-    /// 400: the request cannot be read.
+    /// 400: the request cannot be parsed.
     pub fn bad_request(detail: impl Into<String>) -> Problem {
         Problem::new(400, detail)
     }
@@ -43,31 +40,31 @@ impl Problem {
         Problem::new(404, detail)
     }
 
-    /// 405; `allow` lists the methods that would have been right.
+    /// 405; `allow` lists the methods of the resource.
     pub fn method_not_allowed(allow: &str) -> Problem {
         Problem::new(405, format!("this resource answers to {allow}")).with_header("Allow", allow)
     }
 
-    /// 422 for one field and the rule it breaks.
+    /// 422 for one field and the rule that it breaks.
     pub fn invalid_field(field: &str, rule: impl Into<String>) -> Problem {
         Problem::unprocessable(vec![(field.to_owned(), rule.into())])
     }
 
-    /// 422 with one entry a field: its name and the rule it breaks.
+    /// 422 with one entry for each field: its name and the rule that it breaks.
     pub fn unprocessable(fields: Vec<(String, String)>) -> Problem {
-        let said: Vec<String> =
+        let messages: Vec<String> =
             fields.iter().map(|(field, rule)| format!("{field} {rule}")).collect();
-        Problem { fields, ..Problem::new(422, said.join("; ")) }
+        Problem { fields, ..Problem::new(422, messages.join("; ")) }
     }
 
-    /// 503: something that this service needs is away; trying again later may help.
+    /// 503: something that this service needs is away. Trying again later may help.
     pub fn unavailable(detail: impl Into<String>) -> Problem {
         Problem::new(503, detail).with_header("Retry-After", "1")
     }
 
-    /// 500: a failure that no request should bring about.
+    /// 500: a failure that no request should cause.
     pub fn internal() -> Problem {
-        Problem::new(500, "the request could not be served; the log of the service tells why")
+        Problem::new(500, "the request could not be served; the log of the service has the reason")
     }
 
     /// Adds the cause, for the log.
@@ -76,7 +73,7 @@ impl Problem {
         self
     }
 
-    /// Adds a header to the answer.
+    /// Adds a header to the response.
     pub fn with_header(mut self, name: &'static str, value: impl Into<String>) -> Problem {
         self.headers.push((name, value.into()));
         self
@@ -87,8 +84,8 @@ impl Problem {
         self.status
     }
 
-    /// The answer for the client. `error` repeats the detail for clients that
-    /// look for that key; `errors` is there when fields are to blame.
+    /// The response. `error` repeats the detail for clients that look for that key; `errors` has
+    /// one entry for each invalid field.
     pub fn into_response(self, request_id: &str) -> Response {
         let document = Document {
             kind: "about:blank",
@@ -139,16 +136,6 @@ impl fmt::Display for Problem {
             cause = err.source();
         }
         Ok(())
-    }
-}
-
-impl From<db::Error> for Problem {
-    fn from(err: db::Error) -> Problem {
-        match err {
-            db::Error::Unavailable(_) => Problem::unavailable("the database is not available"),
-            db::Error::Failed(_) => Problem::internal(),
-        }
-        .with_cause(err)
     }
 }
 

@@ -5,45 +5,45 @@ use rouille::{Request, Response};
 use crate::problem::Problem;
 use crate::request::path;
 
-/// The segments that a route's `{…}` and `*` matched, undecoded, in order.
+/// The segments that a route's `{…}` and `*` matched, in order, encoded as [`path`] has them.
 pub type Params<'r> = [&'r str];
 
-/// What serves a route.
+/// The function that serves a route.
 pub type Handler<A> = fn(&A, &Request, &Params<'_>) -> Result<Response, Problem>;
 
-/// One line of a service's table of routes.
+/// One row of a service's table of routes.
 pub struct Route<A> {
     method: &'static str,
     path: &'static str,
     handler: Handler<A>,
 }
 
-/// A line of the table. In `path` a segment `{name}` match_template any one segment and
-/// a last segment `*` any number of them, none too; `method` may be `*`.
+/// A row of the table. In `path` a segment `{name}` matches any one segment, and a last segment
+/// `*` matches any number of segments, also none; `method` may be `*`.
 pub const fn route<A>(method: &'static str, path: &'static str, handler: Handler<A>) -> Route<A> {
     Route { method, path, handler }
 }
 
-/// An answer and the path of the route it came from, by which it is counted.
+/// A response and the path of its route, which is the label of its metrics.
 pub struct RoutedResponse {
-    /// The route's path as the table spells it; `""` where none matched.
+    /// The route's path as the table has it; `""` where none matched.
     pub route: &'static str,
-    /// What to send.
+    /// The response, or the problem to send.
     pub result: Result<Response, Problem>,
 }
 
-/// Finds the route of a request and lets it answer.
+/// Finds the route of a request and calls its handler.
 ///
-/// A path match_template with and without a trailing slash. HEAD goes to the route of
-/// GET (the server leaves the body out), OPTIONS is answered with `Allow`, and
-/// any other method that the path does not know is a 405.
+/// A path matches with and without a trailing slash. HEAD goes to the route of GET (the server
+/// leaves the body out), OPTIONS is answered with `Allow`, and any other method that the path does
+/// not have is 405.
 pub fn dispatch<A>(routes: &[Route<A>], app: &A, request: &Request) -> RoutedResponse {
     let path = path(request);
     let method = if request.method() == "HEAD" { "GET" } else { request.method() };
     let mut allowed: Vec<&str> = Vec::new();
     let mut known = "";
     for route in routes {
-        let Some(params) = match_template(route.path, path) else { continue };
+        let Some(params) = match_template(route.path, &path) else { continue };
         if route.method == method || route.method == "*" {
             return RoutedResponse {
                 route: route.path,

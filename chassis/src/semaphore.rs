@@ -1,18 +1,19 @@
-//! A bounded number of places, given in the order in which they were asked for; but who
-//! has much to do and comes often gives way to the others.
+//! A FIFO semaphore with two priorities: background waiters (one of many queries of a long list)
+//! are overtaken by up to three normal waiters each.
 //!
-//! A pool that wakes whoever comes first lets late-comers overtake: with 200
-//! threads at 8 connections some waited over a second where the mean was 25 ms.
+//! A pool that wakes any waiting thread lets late ones overtake: with 200 threads at 8
+//! connections some waited over a second where the mean was 25 ms.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use prometheus::IntGauge;
 
-/// The places; clones share them.
+/// The permits; clones share them.
 #[derive(Clone)]
 pub struct FairSemaphore {
     state: Arc<Mutex<State>>,
@@ -25,22 +26,21 @@ struct State {
     last_release: Instant,
 }
 
-/// Who waits.
+/// The waiters, in the order in which they came.
 #[derive(Default)]
 struct WaitQueue {
     normal: VecDeque<Arc<Waiter>>,
-    /// Those who give way.
     background: VecDeque<Arc<Waiter>>,
-    /// How many were let past them since one of them had a place.
+    /// How many normal waiters got a permit since the last background one did.
     overtaken: usize,
 }
 
-/// How many may go past those who give way, for each of them: these must not starve either.
+/// How many normal waiters may overtake each background waiter, so that those do not starve.
 const NORMAL_PER_BACKGROUND: usize = 3;
 
 impl WaitQueue {
-    fn push(&mut self, waiter: Arc<Waiter>, gives_way: bool) {
-        if gives_way { &mut self.background } else { &mut self.normal }.push_back(waiter);
+    fn push(&mut self, waiter: Arc<Waiter>, is_background: bool) {
+        if is_background { &mut self.background } else { &mut self.normal }.push_back(waiter);
     }
 
     fn pop(&mut self) -> Option<Arc<Waiter>> {
@@ -65,59 +65,59 @@ struct Waiter {
     thread: Thread,
 }
 
-/// A place, until it is dropped.
+/// A permit, returned when it is dropped.
 pub struct SemaphorePermit(FairSemaphore);
 
 impl FairSemaphore {
-    /// `places` that may be in_use at once.
-    pub fn new(places: usize) -> FairSemaphore {
+    /// A semaphore with this many permits.
+    pub fn new(permits: usize) -> FairSemaphore {
         let last_release = Instant::now();
-        let state = State { available: places, waiters: WaitQueue::default(), last_release };
+        let state = State { available: permits, waiters: WaitQueue::default(), last_release };
         FairSemaphore { state: Arc::new(Mutex::new(state)), in_use: None }
     }
 
-    /// The same, with a gauge that shows how many are in_use.
+    /// The same, with a gauge of the permits in use.
     pub fn with_gauge(mut self, in_use: IntGauge) -> FairSemaphore {
         self.in_use = Some(in_use);
         self
     }
 
-    /// Takes a place, waiting for it at most `limit`.
-    pub fn acquire(&self, limit: Duration) -> Option<SemaphorePermit> {
-        self.acquire_with(limit, None, false)
+    /// Waits at most `timeout` for a permit.
+    pub fn acquire(&self, timeout: Duration) -> Option<SemaphorePermit> {
+        self.acquire_with(timeout, None, false)
     }
 
-    /// The same for whoever takes many, one after the other: gives way to the others.
-    pub fn acquire_background(&self, limit: Duration) -> Option<SemaphorePermit> {
-        self.acquire_with(limit, None, true)
+    /// The same as a background waiter.
+    pub fn acquire_background(&self, timeout: Duration) -> Option<SemaphorePermit> {
+        self.acquire_with(timeout, None, true)
     }
 
-    /// Takes a place, waiting at most `limit`, but not at all when all are in_use and
-    /// none was left within the last `limit`: those inside are stuck, and to wait
-    /// for them would make the caller so too.
-    pub fn acquire_unless_stalled(&self, limit: Duration) -> Option<SemaphorePermit> {
-        self.acquire_with(limit, Some(limit), false)
+    /// Waits at most `timeout` for a permit, but fails immediately if no permit was released within
+    /// the last `timeout`: the holders hang, and waiting behind them would tie up the caller's
+    /// thread as well.
+    pub fn acquire_unless_stalled(&self, timeout: Duration) -> Option<SemaphorePermit> {
+        self.acquire_with(timeout, Some(timeout), false)
     }
 
     fn acquire_with(
         &self,
-        limit: Duration,
-        stuck: Option<Duration>,
-        gives_way: bool,
+        timeout: Duration,
+        stall_timeout: Option<Duration>,
+        is_background: bool,
     ) -> Option<SemaphorePermit> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + timeout;
         let waiter = {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             if state.available > 0 {
                 state.available -= 1;
                 return Some(self.permit());
             }
-            if stuck.is_some_and(|stuck| state.last_release.elapsed() > stuck) {
+            if stall_timeout.is_some_and(|stall| state.last_release.elapsed() > stall) {
                 return None;
             }
             let waiter = Waiter { granted: AtomicBool::new(false), thread: thread::current() };
             let waiter = Arc::new(waiter);
-            state.waiters.push(Arc::clone(&waiter), gives_way);
+            state.waiters.push(Arc::clone(&waiter), is_background);
             waiter
         };
         loop {
@@ -126,8 +126,8 @@ impl FairSemaphore {
                 return Some(self.permit());
             }
             if Instant::now() >= deadline {
-                let mut state = self.lock();
-                // Asked again under the lock: a place may have come at the last moment.
+                let mut state = self.state.lock();
+                // Checked again under the lock: the permit may have come at the last moment.
                 if waiter.granted.load(Ordering::SeqCst) {
                     return Some(self.permit());
                 }
@@ -137,21 +137,17 @@ impl FairSemaphore {
         }
     }
 
-    /// For whom a place was set aside.
+    /// The permit that was taken from the state for this thread.
     fn permit(&self) -> SemaphorePermit {
         self.in_use.iter().for_each(IntGauge::inc);
         SemaphorePermit(self.clone())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for SemaphorePermit {
     fn drop(&mut self) {
         self.0.in_use.iter().for_each(IntGauge::dec);
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock();
         state.last_release = Instant::now();
         match state.waiters.pop() {
             Some(next) => {
@@ -169,21 +165,21 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(20);
 
-    /// One waiter after the other comes to a single place; in which order they have it.
-    fn order_of(gives_way: &[bool]) -> Vec<usize> {
+    /// Waiters come one after the other for a single permit; the order in which they get it.
+    fn order_of(is_background: &[bool]) -> Vec<usize> {
         let semaphore = FairSemaphore::new(1);
         let first = semaphore.acquire(LONG).unwrap();
         let order = Mutex::new(Vec::new());
         let waiting = || {
-            let state = semaphore.lock();
+            let state = semaphore.state.lock();
             state.waiters.normal.len() + state.waiters.background.len()
         };
         thread::scope(|scope| {
-            for (number, gives_way) in gives_way.iter().enumerate() {
+            for (number, is_background) in is_background.iter().enumerate() {
                 let (semaphore, order) = (&semaphore, &order);
                 scope.spawn(move || {
-                    let _permit = semaphore.acquire_with(LONG, None, *gives_way).unwrap();
-                    order.lock().unwrap().push(number);
+                    let _permit = semaphore.acquire_with(LONG, None, *is_background).unwrap();
+                    order.lock().push(number);
                 });
                 while waiting() <= number {
                     thread::yield_now();
@@ -191,41 +187,42 @@ mod tests {
             }
             drop(first);
         });
-        assert_eq!(semaphore.lock().available, 1);
-        order.into_inner().unwrap()
+        assert_eq!(semaphore.state.lock().available, 1);
+        order.into_inner()
     }
 
     #[test]
-    fn places_are_given_in_the_order_in_which_they_were_asked_for() {
+    fn permits_are_given_in_the_order_in_which_they_were_asked_for() {
         assert_eq!(order_of(&[false; 5]), [0, 1, 2, 3, 4]);
     }
 
     #[test]
-    fn who_gives_way_lets_three_past_and_then_has_a_place() {
-        let gives_way = [true, true, false, false, false, false, false, false];
-        assert_eq!(order_of(&gives_way), [2, 3, 4, 0, 5, 6, 7, 1]);
+    fn a_background_waiter_is_overtaken_three_times_and_then_served() {
+        let is_background = [true, true, false, false, false, false, false, false];
+        assert_eq!(order_of(&is_background), [2, 3, 4, 0, 5, 6, 7, 1]);
     }
 
     #[test]
-    fn a_wait_ends_at_its_limit_and_leaves_no_claim_behind() {
+    fn a_wait_ends_at_its_timeout_and_takes_no_permit_later() {
         let semaphore = FairSemaphore::new(1);
         let held = semaphore.acquire(LONG).unwrap();
         assert!(semaphore.acquire(Duration::from_millis(20)).is_none());
         drop(held);
         assert!(semaphore.acquire(Duration::ZERO).is_some());
-        assert_eq!(semaphore.lock().available, 1);
+        assert_eq!(semaphore.state.lock().available, 1);
     }
 
     #[test]
-    fn nobody_waits_behind_those_who_are_stuck() {
+    fn acquire_fails_at_once_when_no_permit_was_released_lately() {
         let semaphore = FairSemaphore::new(1);
         let _held = semaphore.acquire(LONG).unwrap();
-        let limit = Duration::from_millis(20);
-        while semaphore.lock().last_release.elapsed() <= limit {
+        let stall = Duration::from_millis(20);
+        while semaphore.state.lock().last_release.elapsed() <= stall {
             thread::yield_now();
         }
-        let begun = Instant::now();
-        assert!(semaphore.acquire_unless_stalled(limit).is_none());
-        assert!(begun.elapsed() < limit, "waited {:?}", begun.elapsed());
+        let started = Instant::now();
+        assert!(semaphore.acquire_with(LONG, Some(stall), false).is_none());
+        assert!(started.elapsed() < LONG, "it waited for the timeout");
+        assert!(semaphore.acquire_unless_stalled(stall).is_none());
     }
 }

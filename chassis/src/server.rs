@@ -20,14 +20,18 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
+use prometheus::{
+    Encoder, HistogramVec, IntCounter, IntCounterVec, IntGauge, TextEncoder, histogram_opts,
+    register_histogram_vec, register_int_counter, register_int_counter_vec, register_int_gauge,
+};
 use rouille::{Request, Response};
 use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use uuid::Uuid;
 
 use crate::env::Env;
-use crate::http1::{self, BodyDecoder, BodyFraming, RequestHead};
-use crate::metrics;
+use crate::http1::{self, BodyDecoder, BodyFraming, HeadLimits, RequestHead};
 use crate::problem::{Problem, reason_phrase};
+use crate::request::header_bytes;
 use crate::router::RoutedResponse;
 use crate::stop::Stop;
 
@@ -130,6 +134,23 @@ const MSG_MORE: i32 = 0x8000;
 /// wakes a writer only when a third of the buffer is free.
 const SEND_BUFFER_SIZE: usize = 128 << 10;
 
+crate::define_metrics! {
+    fn register_metrics;
+    REQUESTS: IntCounterVec = register_int_counter_vec!(
+        "http_requests_total", "Requests answered.", &["route", "method", "status_class"]);
+    REQUEST_SECONDS: HistogramVec = register_histogram_vec!(histogram_opts!(
+        "http_request_duration_seconds", "From the request's first byte to the answer's last.",
+        vec![0.000_25, 0.001, 0.004, 0.016, 0.064, 0.25, 1.0, 4.0, 16.0]), &["route"]);
+    CONNECTIONS: IntGauge = register_int_gauge!(
+        "http_connections_open", "Client connections.");
+    EVICTED: IntCounter = register_int_counter!(
+        "http_connections_evicted_total", "Waiting connections closed at the connection limit, each for a new one.");
+    REJECTED: IntCounter = register_int_counter!(
+        "http_connections_rejected_total", "Connections answered 503 at the connection limit.");
+    ACCEPT_ERRORS: IntCounter = register_int_counter!(
+        "http_accept_errors_total", "Failed accepts, such as too many open files.");
+}
+
 /// Where a service listens, and the limits of its server loop.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -154,12 +175,8 @@ pub struct Limits {
     pub write_timeout: Duration,
     /// Between two requests.
     pub idle_timeout: Duration,
-    /// Longest head of a request, its line and its header fields together, in bytes.
-    pub max_head_bytes: usize,
-    /// Most header fields of a request.
-    pub max_header_fields: usize,
-    /// Largest body of a request, in bytes.
-    pub max_body_bytes: usize,
+    /// For the head and the body of one request.
+    pub head: HeadLimits,
     /// Largest sum of all bodies that are in memory, in bytes.
     pub max_buffered_bytes: usize,
 }
@@ -185,9 +202,11 @@ impl Config {
                 body_timeout: env.millis("HTTP_BODY_TIMEOUT_MS", 10_000),
                 write_timeout: env.millis("HTTP_WRITE_TIMEOUT_MS", 10_000),
                 idle_timeout: env.millis("HTTP_IDLE_TIMEOUT_MS", 60_000),
-                max_head_bytes: 16 << 10,
-                max_header_fields: 100,
-                max_body_bytes: env.number("HTTP_MAX_BODY_BYTES", 256 << 10, 1..=1 << 30),
+                head: HeadLimits {
+                    max_head_bytes: 16 << 10,
+                    max_header_fields: 100,
+                    max_body_bytes: env.number("HTTP_MAX_BODY_BYTES", 256 << 10, 1..=1 << 30),
+                },
                 max_buffered_bytes: env.number(
                     "HTTP_MAX_BUFFERED_BODY_BYTES",
                     16 << 20,
@@ -238,8 +257,8 @@ impl Limits {
     /// Limits for a service behind a proxy that has these limits itself and then adds header
     /// fields of its own.
     pub fn with_proxy_headroom(mut self) -> Limits {
-        self.max_head_bytes += 2 << 10;
-        self.max_header_fields += 10;
+        self.head.max_head_bytes += 2 << 10;
+        self.head.max_header_fields += 10;
         self
     }
 }
@@ -249,14 +268,13 @@ pub fn run<H>(config: &Config, stop: &Stop, handler: H) -> anyhow::Result<()>
 where
     H: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
 {
-    metrics::register_server();
+    register_metrics();
     let listener = bind(config.listen)?;
     let metrics_listener = bind(config.metrics_listen)?;
     let (limits, metrics_stop) =
         (Limits { max_connections: 8, ..config.limits.clone() }, stop.clone());
     thread::Builder::new().name("metrics".into()).spawn(move || {
-        let served =
-            Server::new(limits, &metrics_stop, false, metrics::scrape).serve(metrics_listener);
+        let served = Server::new(limits, &metrics_stop, false, scrape).serve(metrics_listener);
         served.unwrap_or_else(|err| log::error!("metrics are not served: {err:#}"));
     })?;
     log::info!("listening on {}, metrics on {}", config.listen, config.metrics_listen);
@@ -275,6 +293,17 @@ pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
         io::Result::Ok(TcpListener::from(socket))
     };
     bind().with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Answers a scrape with all metrics in the Prometheus text format, at any path.
+fn scrape(_request: &Request) -> RoutedResponse {
+    let encoder = TextEncoder::new();
+    let mut text = Vec::new();
+    let encoded = encoder.encode(&prometheus::gather(), &mut text);
+    let result = encoded
+        .map(|()| Response::from_data(encoder.format_type().to_owned(), text))
+        .map_err(|err| Problem::internal().with_cause(err));
+    RoutedResponse { route: "/metrics", result }
 }
 
 /// Serves until `stop`; then finishes the requests that have begun.
@@ -351,7 +380,7 @@ where
                 Err(err) if err.kind() == ErrorKind::ConnectionAborted => (),
                 Err(err) => {
                     // Usually the process is out of descriptors: closing connections frees some.
-                    metrics::ACCEPT_ERRORS.inc();
+                    ACCEPT_ERRORS.inc();
                     if last_logged.is_none_or(|before| before.elapsed() > ACCEPT_ERROR_LOG_INTERVAL)
                     {
                         last_logged = Some(Instant::now());
@@ -525,7 +554,7 @@ where
                     && connection.evict()
             };
             if table.connections.get(&key).is_some_and(evicted) {
-                metrics::EVICTED.inc();
+                EVICTED.inc();
                 return table.connections.remove(&key);
             }
         }
@@ -561,7 +590,7 @@ where
 
     fn update_connection_gauge(&self, table: &ConnectionTable) {
         if self.instrumented {
-            metrics::CONNECTIONS.set(table.connections.len() as i64);
+            CONNECTIONS.set(table.connections.len() as i64);
         }
     }
 
@@ -697,7 +726,7 @@ impl AcceptQueue {
     }
 
     fn reject(&mut self, connection: Arc<Connection>) {
-        metrics::REJECTED.inc();
+        REJECTED.inc();
         self.send_503(connection);
     }
 
@@ -714,6 +743,7 @@ impl AcceptQueue {
         let answer = format!(
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\n\
              Content-Length: {}\r\nRetry-After: 1\r\nX-Request-Id: {id}\r\n\
+             Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\
              Connection: close\r\n\r\n{body}",
             body.len()
         );
@@ -850,7 +880,7 @@ where
         let deadline = started_at + limits.header_timeout;
         let mut scan_offset = 0;
         let head = loop {
-            match http1::parse_next_head(&mut self.input, &mut scan_offset, limits)? {
+            match http1::parse_next_head(&mut self.input, &mut scan_offset, &limits.head)? {
                 Some(head) => break head,
                 None => {
                     self.read_until_deadline(deadline, started_at, "the head of the request")?
@@ -877,7 +907,7 @@ where
             (&self.connection.stream).write_all(go).map_err(|_| ReadError::Closed)?;
         }
         let mut body = Vec::new();
-        let mut reader = BodyDecoder::new(head.framing, self.server.limits.max_body_bytes);
+        let mut reader = BodyDecoder::new(head.framing, self.server.limits.head.max_body_bytes);
         loop {
             reservation.reserve(self.input.len(), self.server.limits.max_buffered_bytes)?;
             let taken = reader.feed(&self.input, &mut body)?;
@@ -1005,8 +1035,8 @@ where
             };
             let class =
                 ["1xx", "2xx", "3xx", "4xx", "5xx"][usize::from(status / 100).clamp(1, 5) - 1];
-            metrics::REQUESTS.with_label_values(&[route, method, class]).inc();
-            metrics::REQUEST_SECONDS.with_label_values(&[route]).observe(elapsed.as_secs_f64());
+            REQUESTS.with_label_values(&[route, method, class]).inc();
+            REQUEST_SECONDS.with_label_values(&[route]).observe(elapsed.as_secs_f64());
             log::info!(
                 "{} {} {status} {:.1}ms {}B id={} peer={}{}",
                 context.method,
@@ -1114,6 +1144,14 @@ impl<H> ResponseWriter<'_, '_, H> {
         if !has("Date") {
             push_header(&mut out, "Date", &httpdate::fmt_http_date(SystemTime::now()));
         }
+        // What a handler does not set itself: no cache keeps the response, and no browser guesses
+        // another type (RFC 9111 section 5.2.2.5, WHATWG Fetch "X-Content-Type-Options").
+        for (name, value) in [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+        {
+            if !has(name) {
+                push_header(&mut out, name, value);
+            }
+        }
         if !has("X-Request-Id") {
             push_header(&mut out, "X-Request-Id", &context.request_id);
         }
@@ -1123,6 +1161,9 @@ impl<H> ResponseWriter<'_, '_, H> {
             (_, Some(declared_length)) if head_only => {
                 write!(out, "Content-Length: {declared_length}\r\n")?
             }
+            // An empty body says nothing of the length of a GET: then no length is sent (RFC 9110
+            // section 9.3.2).
+            (None | Some(0), _) if head_only => (),
             (Some(length), _) => write!(out, "Content-Length: {length}\r\n")?,
             (None, _) if context.is_http10 => (),
             (None, _) => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
@@ -1206,9 +1247,14 @@ impl<H> ResponseWriter<'_, '_, H> {
 
 /// Appends a header field. `write!` would take five times as long.
 fn push_header(out: &mut Vec<u8>, name: &str, value: &str) {
-    for piece in [name, ": ", value, "\r\n"] {
-        out.extend_from_slice(piece.as_bytes());
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b": ");
+    if value.is_ascii() {
+        out.extend_from_slice(value.as_bytes());
+    } else {
+        out.extend_from_slice(&header_bytes(value));
     }
+    out.extend_from_slice(b"\r\n");
 }
 
 /// Appends a part of a body, as a chunk where the body is chunked.
@@ -1246,7 +1292,7 @@ fn read_some(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
 /// Whether a header field cannot break the message head that it is in.
 fn is_valid_header(name: &str, value: &str) -> bool {
     !name.is_empty()
-        && name.bytes().all(http1::is_token)
+        && name.bytes().all(http1::is_token_byte)
         && !value.bytes().any(|byte| byte.is_ascii_control() && byte != b'\t')
 }
 

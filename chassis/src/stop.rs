@@ -1,14 +1,15 @@
-//! The wish to stop, shared by every thread of a process.
+//! A request to stop, shared by all threads of a process.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, Scope};
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// Raised once, by SIGINT (PM2), SIGTERM or the end of a thread that must not end.
+/// Requested once: by SIGINT (PM2), by SIGTERM, or when a critical thread ends.
 #[derive(Clone, Default)]
 pub struct Stop(Arc<Shared>);
 
@@ -20,7 +21,7 @@ struct Shared {
 }
 
 impl Stop {
-    /// One that the two signals raise.
+    /// A stop that SIGINT and SIGTERM request.
     pub fn on_signals() -> anyhow::Result<Stop> {
         let stop = Stop::default();
         let mut signals = Signals::new([SIGINT, SIGTERM])?;
@@ -34,28 +35,28 @@ impl Stop {
         Ok(stop)
     }
 
-    /// Asks every thread to end.
+    /// Requests that every thread ends.
     pub fn request(&self) {
         self.0.requested.store(true, Ordering::SeqCst);
-        let _lock = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = self.0.lock.lock();
         self.0.wake.notify_all();
     }
 
-    /// Whether it is time to end.
+    /// Whether a stop was requested.
     pub fn is_requested(&self) -> bool {
         self.0.requested.load(Ordering::SeqCst)
     }
 
-    /// A pause that ends early, with `true`, when it is time to end.
+    /// Sleeps, but at most until a stop is requested; returns whether one is.
     pub fn sleep(&self, pause: Duration) -> bool {
-        let lock = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = self.0.wake.wait_timeout_while(lock, pause, |()| !self.is_requested());
+        let mut lock = self.0.lock.lock();
+        self.0.wake.wait_while_for(&mut lock, |()| !self.is_requested(), pause);
         self.is_requested()
     }
 
-    /// Starts a named thread that the process cannot do without: when it ends,
-    /// or panics, everything stops and whoever supervises the process starts it
-    /// anew. A service that lost a thread does not limp on.
+    /// Starts a named thread that the process cannot work without. When it ends or panics, the
+    /// whole process stops, and PM2 starts it again: a service never runs on without one of its
+    /// threads.
     pub fn spawn_critical<'scope, F>(
         &self,
         scope: &'scope Scope<'scope, '_>,
@@ -65,15 +66,15 @@ impl Stop {
     where
         F: FnOnce() + Send + 'scope,
     {
-        struct Raise(Stop);
-        impl Drop for Raise {
+        struct RequestOnDrop(Stop);
+        impl Drop for RequestOnDrop {
             fn drop(&mut self) {
                 self.0.request();
             }
         }
-        let raise = Raise(self.clone());
+        let guard = RequestOnDrop(self.clone());
         thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, move || {
-            let _raise = raise;
+            let _guard = guard;
             run();
         })?;
         Ok(())

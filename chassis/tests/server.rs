@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use chassis::env::Env;
+use chassis::http1::HeadLimits;
 use chassis::router::RoutedResponse;
 use chassis::server::{Config, Limits, bind, serve};
 use chassis::stop::Stop;
@@ -16,18 +17,18 @@ use proptest::prelude::*;
 use rouille::{Request, Response, ResponseBody};
 
 /// A running server; stopped and waited for when it is dropped.
-struct Running {
+struct RunningServer {
     address: SocketAddr,
     stop: Stop,
     thread: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
-impl Running {
-    fn start(limits: Limits) -> Running {
-        Running::with(limits, echo)
+impl RunningServer {
+    fn start(limits: Limits) -> RunningServer {
+        RunningServer::with(limits, echo)
     }
 
-    fn with<H>(limits: Limits, handler: H) -> Running
+    fn with<H>(limits: Limits, handler: H) -> RunningServer
     where
         H: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
     {
@@ -36,7 +37,7 @@ impl Running {
         let stop = Stop::default();
         let raised = stop.clone();
         let thread = thread::spawn(move || serve(listener, limits, &raised, handler));
-        Running { address, stop, thread: Some(thread) }
+        RunningServer { address, stop, thread: Some(thread) }
     }
 
     fn connect(&self) -> TcpStream {
@@ -61,7 +62,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningServer {
     fn drop(&mut self) {
         self.stop.request();
         if let Some(thread) = self.thread.take() {
@@ -77,9 +78,11 @@ fn limits() -> Limits {
         body_timeout: Duration::from_secs(10),
         write_timeout: Duration::from_secs(10),
         idle_timeout: Duration::from_secs(10),
-        max_head_bytes: 16 << 10,
-        max_header_fields: 100,
-        max_body_bytes: 100_000,
+        head: HeadLimits {
+            max_head_bytes: 16 << 10,
+            max_header_fields: 100,
+            max_body_bytes: 100_000,
+        },
         max_buffered_bytes: 1 << 20,
     }
 }
@@ -157,7 +160,7 @@ fn essence(answers: &str) -> Vec<String> {
 
 #[test]
 fn every_stream_of_the_corpus_gets_its_answers() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     for (name, sent, expected) in corpus::streams() {
         let answers = server.exchange(&sent);
         let mut found = essence(&answers);
@@ -174,8 +177,8 @@ proptest! {
     fn the_answers_do_not_depend_on_how_the_stream_is_cut(
         cuts in prop::collection::vec(0usize..400, 0..12)
     ) {
-        static SERVER: std::sync::LazyLock<Running> =
-            std::sync::LazyLock::new(|| Running::start(limits()));
+        static SERVER: std::sync::LazyLock<RunningServer> =
+            std::sync::LazyLock::new(|| RunningServer::start(limits()));
         let mut cuts = cuts;
         cuts.sort_unstable();
         // The long ones are refused before all of them is sent: nothing to compare.
@@ -199,7 +202,7 @@ proptest! {
 
 #[test]
 fn empty_lines_before_a_request_may_come_in_any_packets() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let sent = b"\r\n\r\nGET /a HTTP/1.1\r\nHost: h\r\n\r\n";
     for first in 1..6 {
         for second in first + 1..7 {
@@ -217,7 +220,7 @@ fn empty_lines_before_a_request_may_come_in_any_packets() {
 
 #[test]
 fn clients_that_send_at_once_are_all_answered_as_long_as_there_is_room() {
-    let server = Running::start(Limits { max_connections: 64, ..limits() });
+    let server = RunningServer::start(Limits { max_connections: 64, ..limits() });
     let address = server.address;
     let clients: Vec<JoinHandle<()>> = (0..60)
         .map(|_| {
@@ -240,7 +243,7 @@ fn clients_that_send_at_once_are_all_answered_as_long_as_there_is_room() {
 #[test]
 fn a_reader_that_pauses_gets_all_of_a_large_answer() {
     let short = Duration::from_millis(500);
-    let server = Running::with(Limits { write_timeout: short, ..limits() }, |_| {
+    let server = RunningServer::with(Limits { write_timeout: short, ..limits() }, |_| {
         let data = ResponseBody::from_reader(io::repeat(b'x').take(12 << 20));
         RoutedResponse { route: "/", result: Ok(Response { data, ..Response::text("") }) }
     });
@@ -256,7 +259,7 @@ fn a_reader_that_pauses_gets_all_of_a_large_answer() {
 
 #[test]
 fn a_refusal_is_a_problem_document_with_a_request_id() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let answer = server.exchange(b"GET / HTTP/1.1\r\n\r\n");
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     assert!(head.contains("Content-Type: application/problem+json"), "{head}");
@@ -270,7 +273,7 @@ fn a_refusal_is_a_problem_document_with_a_request_id() {
 
 #[test]
 fn a_sane_request_id_is_kept_and_any_other_replaced() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let ask = |id: &str| {
         let answer = server.exchange(
             format!("GET / HTTP/1.1\r\nHost: h\r\nX-Request-Id: {id}\r\n\r\n").as_bytes(),
@@ -285,7 +288,7 @@ fn a_sane_request_id_is_kept_and_any_other_replaced() {
 
 #[test]
 fn a_client_that_waits_for_100_continue_gets_it_before_it_sends_the_body() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let mut client = server.connect();
     let head = b"POST / HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n";
     client.write_all(head).unwrap();
@@ -296,7 +299,7 @@ fn a_client_that_waits_for_100_continue_gets_it_before_it_sends_the_body() {
 
 #[test]
 fn a_body_of_unknown_length_is_chunked_and_with_http_1_0_ended_by_closing() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let answer = server.exchange(b"GET /stream HTTP/1.1\r\nHost: h\r\n\r\n");
     assert!(answer.contains("Transfer-Encoding: chunked"), "{}", &answer[..300]);
     assert!(answer.ends_with("\r\n0\r\n\r\n"));
@@ -311,7 +314,7 @@ fn a_body_of_unknown_length_is_chunked_and_with_http_1_0_ended_by_closing() {
 
 #[test]
 fn a_body_that_breaks_off_is_never_ended_as_if_it_were_whole() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let answer = server
         .exchange(b"GET /broken HTTP/1.1\r\nHost: h\r\n\r\nGET /b HTTP/1.1\r\nHost: h\r\n\r\n");
     assert!(answer.contains("Content-Length: 60000"), "{}", &answer[..300]);
@@ -320,14 +323,14 @@ fn a_body_that_breaks_off_is_never_ended_as_if_it_were_whole() {
 
 #[test]
 fn a_header_that_would_break_the_head_is_left_out() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let answer = server.exchange(b"GET /injected HTTP/1.1\r\nHost: h\r\n\r\n");
     assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("Set-Cookie"), "{answer}");
 }
 
 #[test]
 fn a_panic_of_the_handler_is_a_500_problem_and_the_server_goes_on() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let answers = server
         .exchange(b"GET /panic HTTP/1.1\r\nHost: h\r\n\r\nGET /b HTTP/1.1\r\nHost: h\r\n\r\n");
     assert_eq!(essence(&answers), ["500", "200 GET /b h"]);
@@ -337,7 +340,8 @@ fn a_panic_of_the_handler_is_a_500_problem_and_the_server_goes_on() {
 #[test]
 fn a_stalled_head_or_body_is_a_408_at_its_deadline() {
     let short = Duration::from_millis(200);
-    let server = Running::start(Limits { header_timeout: short, body_timeout: short, ..limits() });
+    let server =
+        RunningServer::start(Limits { header_timeout: short, body_timeout: short, ..limits() });
     for stalled in [
         "GET / HTTP/1.1\r\nHos",
         "POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab",
@@ -354,7 +358,7 @@ fn a_stalled_head_or_body_is_a_408_at_its_deadline() {
 #[test]
 fn a_client_that_drips_cannot_stretch_the_deadline() {
     let short = Duration::from_millis(300);
-    let server = Running::start(Limits { header_timeout: short, ..limits() });
+    let server = RunningServer::start(Limits { header_timeout: short, ..limits() });
     let begun = Instant::now();
     let client = server.connect();
     let mut reader = client.try_clone().unwrap();
@@ -372,7 +376,7 @@ fn a_client_that_drips_cannot_stretch_the_deadline() {
 #[test]
 fn an_idle_connection_is_closed_without_a_word() {
     let short = Duration::from_millis(100);
-    let server = Running::start(Limits { idle_timeout: short, ..limits() });
+    let server = RunningServer::start(Limits { idle_timeout: short, ..limits() });
     let mut client = server.connect();
     client.write_all(b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
     assert_eq!(essence(&read_all(&mut client)), ["200 GET /a h"]);
@@ -395,7 +399,7 @@ fn a_client_that_does_not_read_is_dropped_at_the_write_deadline() {
     }
     let dropped = Arc::clone(&ended);
     let short = Duration::from_millis(300);
-    let server = Running::with(Limits { write_timeout: short, ..limits() }, move |_| {
+    let server = RunningServer::with(Limits { write_timeout: short, ..limits() }, move |_| {
         let data = ResponseBody::from_reader(Tells(Arc::clone(&dropped)));
         RoutedResponse { route: "/", result: Ok(Response { data, ..Response::text("") }) }
     });
@@ -405,8 +409,8 @@ fn a_client_that_does_not_read_is_dropped_at_the_write_deadline() {
 }
 
 #[test]
-fn a_full_house_makes_room_by_ending_the_longest_idle_connection() {
-    let server = Running::start(Limits { max_connections: 4, ..limits() });
+fn at_the_connection_limit_the_longest_idle_connection_is_evicted() {
+    let server = RunningServer::start(Limits { max_connections: 4, ..limits() });
     let mut clients: Vec<TcpStream> = (0..4).map(|_| server.connect()).collect();
     // The later ones ask more often, so that the first has been idle for a while.
     for (number, client) in clients.iter_mut().enumerate() {
@@ -415,13 +419,13 @@ fn a_full_house_makes_room_by_ending_the_longest_idle_connection() {
             read_one(client);
         }
     }
-    let mut newcomer = server.connect();
-    newcomer.write_all(b"GET /new HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
-    assert_eq!(essence(&read_one(&mut newcomer)), ["200 GET /new h"]);
+    let mut new_client = server.connect();
+    new_client.write_all(b"GET /new HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
+    assert_eq!(essence(&read_one(&mut new_client)), ["200 GET /new h"]);
     // The first one was idle longest. Its next request may be on the way by now.
     clients[0].write_all(b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
-    let told = read_all(&mut clients[0]);
-    assert!(told.starts_with("HTTP/1.1 503") && told.contains("Retry-After: 1"), "{told}");
+    let answers = read_all(&mut clients[0]);
+    assert!(answers.starts_with("HTTP/1.1 503") && answers.contains("Retry-After: 1"), "{answers}");
     for client in &mut clients[1..] {
         client.write_all(b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n").unwrap();
         assert_eq!(essence(&read_one(client)), ["200 GET /b h"]);
@@ -429,13 +433,13 @@ fn a_full_house_makes_room_by_ending_the_longest_idle_connection() {
 }
 
 #[test]
-fn clients_that_ask_again_at_once_do_not_shut_a_newcomer_out() {
-    let server = Running::start(Limits { max_connections: 4, ..limits() });
+fn busy_keep_alive_clients_do_not_starve_new_connections() {
+    let server = RunningServer::start(Limits { max_connections: 4, ..limits() });
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                // Whoever lost its place begins anew.
+                // A client whose connection was evicted connects again.
                 while !done.load(Ordering::SeqCst) {
                     let mut client = server.connect();
                     let mut answer = [0; 4096];
@@ -455,8 +459,8 @@ fn clients_that_ask_again_at_once_do_not_shut_a_newcomer_out() {
 }
 
 #[test]
-fn slow_clients_make_room_too_and_are_told_so() {
-    let server = Running::start(Limits { max_connections: 4, ..limits() });
+fn at_the_connection_limit_slow_clients_are_evicted_with_503() {
+    let server = RunningServer::start(Limits { max_connections: 4, ..limits() });
     let mut slow: Vec<TcpStream> = (0..4).map(|_| server.connect()).collect();
     for client in &mut slow {
         client.write_all(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\na").unwrap();
@@ -464,23 +468,23 @@ fn slow_clients_make_room_too_and_are_told_so() {
     eventually("a place for a good client", || {
         server.exchange(b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n").contains("[GET /b h ]")
     });
-    // Which of them has waited longest, their threads decide; the others are told
+    // Which of them has waited longest, their workers decide; the others get
     // that their bodies end too early.
-    let told: Vec<String> = slow
+    let answers: Vec<String> = slow
         .iter_mut()
         .map(|client| {
             let _ = client.shutdown(Shutdown::Write);
             read_all(client)
         })
         .collect();
-    let evicted = told.iter().filter(|told| told.starts_with("HTTP/1.1 503"));
-    assert!(evicted.clone().count() > 0, "{told:?}");
-    assert!(evicted.clone().all(|told| told.contains("Retry-After: 1")), "{told:?}");
+    let evicted = answers.iter().filter(|answer| answer.starts_with("HTTP/1.1 503"));
+    assert!(evicted.clone().count() > 0, "{answers:?}");
+    assert!(evicted.clone().all(|answer| answer.contains("Retry-After: 1")), "{answers:?}");
 }
 
 #[test]
 fn a_reader_that_takes_nothing_cannot_keep_its_place_by_asking_more() {
-    let server = Running::start(Limits {
+    let server = RunningServer::start(Limits {
         max_connections: 4,
         write_timeout: Duration::from_secs(60),
         ..limits()
@@ -497,10 +501,10 @@ fn a_reader_that_takes_nothing_cannot_keep_its_place_by_asking_more() {
 }
 
 #[test]
-fn where_everyone_is_busy_a_newcomer_gets_a_503_at_once() {
+fn a_new_connection_gets_503_when_every_worker_is_busy() {
     let barrier = Arc::new(Barrier::new(5));
     let held = Arc::clone(&barrier);
-    let server = Running::with(Limits { max_connections: 4, ..limits() }, move |request| {
+    let server = RunningServer::with(Limits { max_connections: 4, ..limits() }, move |request| {
         held.wait();
         held.wait();
         echo(request)
@@ -522,13 +526,14 @@ fn where_everyone_is_busy_a_newcomer_gets_a_503_at_once() {
 fn bodies_share_a_budget_of_memory() {
     let barrier = Arc::new(Barrier::new(2));
     let held = Arc::clone(&barrier);
-    let server = Running::with(Limits { max_buffered_bytes: 50_000, ..limits() }, move |request| {
-        if request.raw_url() == "/held" {
-            held.wait();
-            held.wait();
-        }
-        echo(request)
-    });
+    let server =
+        RunningServer::with(Limits { max_buffered_bytes: 50_000, ..limits() }, move |request| {
+            if request.raw_url() == "/held" {
+                held.wait();
+                held.wait();
+            }
+            echo(request)
+        });
     let post = |path: &str| {
         let mut client = server.connect();
         let body = "x".repeat(40_000);
@@ -548,7 +553,7 @@ fn bodies_share_a_budget_of_memory() {
 fn a_stop_finishes_what_has_begun_and_closes_what_is_idle() {
     let barrier = Arc::new(Barrier::new(2));
     let held = Arc::clone(&barrier);
-    let server = Running::with(limits(), move |request| {
+    let server = RunningServer::with(limits(), move |request| {
         if request.raw_url() == "/slow" {
             held.wait();
             held.wait();
@@ -571,7 +576,7 @@ fn a_stop_finishes_what_has_begun_and_closes_what_is_idle() {
 
 #[test]
 fn a_stop_does_not_wait_for_a_connection_that_has_not_asked_anything() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let mut silent = server.connect();
     assert!(server.exchange(b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n").contains("200 OK"));
     let begun = Instant::now();
@@ -582,7 +587,7 @@ fn a_stop_does_not_wait_for_a_connection_that_has_not_asked_anything() {
 
 #[test]
 fn under_load_a_stop_leaves_no_request_unanswered() {
-    let server = Running::start(limits());
+    let server = RunningServer::start(limits());
     let address = server.address;
     let clients: Vec<JoinHandle<usize>> = (0..8)
         .map(|_| {

@@ -198,7 +198,12 @@ pub fn streams() -> Vec<Stream> {
         (
             "a header that is not UTF-8",
             b"GET / HTTP/1.1\r\nHost: h\r\nA: \xff\r\n\r\n".to_vec(),
-            vec!["400"],
+            vec!["200 GET / h"],
+        ),
+        (
+            "an absolute target with its scheme in capitals",
+            text("GET HTTP://h/a HTTP/1.1\r\nHost: h\r\n\r\n"),
+            vec!["200 GET /a h"],
         ),
         ("a fragment", text("GET /a#b HTTP/1.1\r\nHost: h\r\n\r\n"), vec!["400"]),
         (
