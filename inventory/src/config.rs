@@ -3,18 +3,18 @@
 use chassis::{Env, db, logging, server};
 use log::LevelFilter;
 
-/// What the environment says.
+/// The settings of this service; `.env` explains each.
 pub struct Config {
-    /// Where it listens, and the limits of the server.
+    /// Addresses and limits of the HTTP server.
     pub http: server::Config,
-    /// Where the movies are.
+    /// The database.
     pub db: db::Config,
-    /// How much is logged.
+    /// The lowest level that is logged.
     pub log_level: LevelFilter,
 }
 
 impl Config {
-    /// Reads it all, or names everything that is missing or malformed.
+    /// Reads all variables; the error names everything that is missing or malformed.
     pub fn from_env(mut env: Env) -> anyhow::Result<Config> {
         let mut http = server::Config::from_env(&mut env, "INVENTORY");
         http.limits = http.limits.with_proxy_headroom();

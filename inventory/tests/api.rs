@@ -277,10 +277,10 @@ fn what_cannot_be_is_refused_with_every_field_at_fault() {
         assert_eq!(reply.header("Content-Type"), Some("application/problem+json"), "{case}");
         let problem = reply.json();
         assert_eq!(problem["error"], problem["detail"], "{case}");
-        let told: Vec<&str> = problem["errors"].as_array().map_or(Vec::new(), |errors| {
+        let invalid: Vec<&str> = problem["errors"].as_array().map_or(Vec::new(), |errors| {
             errors.iter().map(|error| error["field"].as_str().unwrap()).collect()
         });
-        assert_eq!(&told, fields, "{case}");
+        assert_eq!(&invalid, fields, "{case}");
     }
     assert_eq!(get(&app, "/api/movies").body, r#"[{"id":1,"title":"here","description":""}]"#);
 }
@@ -759,6 +759,41 @@ fn a_rare_title_among_many_is_found_by_the_index() {
         let scans: i64 = admin.query_one(scans, &[]).unwrap().get(0);
         (scans == 10).then_some(())
     });
+}
+
+#[test]
+fn a_title_is_found_in_any_case_and_in_either_unicode_form() {
+    let (app, _db) = inventory();
+    for title in ["Cafe\u{301} Society", "Όδος", "100% Wolf"] {
+        let added = post(&app, &json!({ "title": title }));
+        assert_eq!(added.json()["title"], title, "stored as it was sent");
+    }
+    for (part, ids) in [
+        ("caf%C3%A9", vec![1]),
+        ("CAFE%CC%81", vec![1]),
+        ("cafe%20", vec![]),
+        ("%CE%8C%CE%94%CE%9F%CE%A3", vec![2]),
+        ("0%25", vec![3]),
+        ("_", vec![]),
+    ] {
+        assert_eq!(get(&app, &format!("/api/movies?title={part}")).ids(), ids, "{part}");
+    }
+}
+
+#[test]
+fn after_an_import_with_explicit_ids_a_movie_gets_the_next_free_id() {
+    let (app, db) = inventory();
+    db.superuser()
+        .batch_execute(
+            "insert into movies (id, title)
+             overriding system value
+             values (1, 'Alien'), (2, 'Brazil'), (40, 'Casablanca')",
+        )
+        .unwrap();
+    for id in [41, 42] {
+        let added = post(&app, &json!({ "title": "Dune" }));
+        assert_eq!((added.status, &added.json()["id"]), (201, &json!(id)));
+    }
 }
 
 // --- when the database fails ----------------------------------------------------

@@ -1,29 +1,32 @@
--- The movie catalogue. Run by the database's owner; inventory_service is the
--- group role that the service's login belongs to (made by provision/).
+-- The movie catalogue. Run by the database's owner. inventory_service is the group role
+-- of the service's login; provision/migrate.sh makes both.
 
 -- migrate:up
 
--- For titles searched by a part of them; trusted, so the owner may create it.
+-- For searching titles by a part. The extension is trusted: the owner may create it
+-- without being a superuser.
 create extension if not exists pg_trgm;
 
 create table movies (
     id bigint generated always as identity primary key,
-    -- Characters, not bytes; the service trims before it counts.
+    -- Limits are in characters, not in bytes. The service removes white space around the
+    -- title before it counts.
     title text not null check (char_length(title) between 1 and 255),
-    -- Empty when there is none: one way to say "nothing", so never null.
+    -- A movie without a description has an empty one, never null: there is one way to say
+    -- "none".
     description text not null default '' check (char_length(description) <= 10000)
 );
 
--- Serves `title ilike '%part%'`; parts under three letters fall back to a scan.
--- Without fastupdate an insert costs about 0.1 ms more, but no search has to look
--- through a list of up to 4 MB of entries that are not in the index yet.
+-- Serves `title ilike '%part%'`; a part of fewer than three letters scans the table.
+-- With fastupdate, new entries would first go to a list of up to 4 MB that every search
+-- has to read. Without it, an insert takes about 0.1 ms more.
 create index movies_title_trgm on movies using gin (title gin_trgm_ops) with (fastupdate = off);
 
 grant select, insert, update, delete on movies to inventory_service;
 
--- Deletes every movie, starts the ids again at 1, and tells how many there were.
--- A function of the owner's, because only an owner may restart a sequence and
--- the service shall own nothing.
+-- Deletes all movies, makes ids start again at 1, and returns the number of movies that
+-- were deleted. It runs with the rights of the owner, because only the owner may restart
+-- a sequence, and the service owns nothing.
 create function delete_all_movies() returns bigint
 language plpgsql
 security definer

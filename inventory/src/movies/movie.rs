@@ -1,4 +1,4 @@
-//! A movie: its fields, its form in JSON, and what may be said of it.
+//! A movie: its fields, its JSON form, and its rules.
 
 use chassis::{Problem, request};
 use serde::{Deserialize, Serialize};
@@ -7,15 +7,15 @@ use serde_json::value::RawValue;
 /// A movie of the catalogue. The order of the fields is that of the answers.
 #[derive(Clone, Debug, Serialize)]
 pub struct Movie {
-    /// Given by the database.
+    /// Assigned by the database.
     pub id: i64,
-    /// What it is called.
+    /// 1 to 255 characters.
     pub title: String,
-    /// What it is about; empty when nothing is known.
+    /// Up to 10,000 characters; empty when there is none.
     pub description: String,
 }
 
-/// What a new movie shall be.
+/// The values of a new movie.
 #[derive(Debug)]
 pub struct NewMovie {
     /// Trimmed and within its limits.
@@ -24,60 +24,60 @@ pub struct NewMovie {
     pub description: String,
 }
 
-/// What shall change of a movie, at least one of the two; `None` keeps its value.
+/// The new values of a movie, at least one; `None` keeps the value.
 #[derive(Debug)]
-pub struct Change {
+pub struct MovieUpdate {
     /// Trimmed and within its limits.
     pub title: Option<String>,
     /// Within its limits.
     pub description: Option<String>,
 }
 
-/// What a body says of a movie, as it is spelled; other fields are skipped.
+/// The fields of a body, not yet checked; other fields are skipped.
 #[derive(Deserialize)]
-struct Body<'b> {
+struct RawMovie<'b> {
     #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
     title: Option<&'b RawValue>,
     #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
     description: Option<&'b RawValue>,
 }
 
-/// A field and the rule that it breaks.
-type Fault = (String, String);
+/// The name of a field and the rule that it breaks.
+type FieldError = (String, String);
 
 impl NewMovie {
-    /// Takes a body apart; every field at fault is told at once.
+    /// Parses a body; the problem names every invalid field at once.
     pub fn from_json(text: &str) -> Result<NewMovie, Problem> {
-        let body: Body<'_> = request::json_object(text)?;
+        let body: RawMovie<'_> = request::json_object(text)?;
         let title = title(body.title)
             .and_then(|title| title.ok_or_else(|| ("title".to_owned(), "is required".to_owned())));
-        let (title, description) = both(title, description(body.description))?;
+        let (title, description) = combine(title, description(body.description))?;
         Ok(NewMovie { title, description: description.unwrap_or_default() })
     }
 }
 
-impl Change {
-    /// Takes a body apart; every field at fault is told at once.
-    pub fn from_json(text: &str) -> Result<Change, Problem> {
-        let body: Body<'_> = request::json_object(text)?;
-        let (title, description) = both(title(body.title), description(body.description))?;
+impl MovieUpdate {
+    /// Parses a body; the problem names every invalid field at once.
+    pub fn from_json(text: &str) -> Result<MovieUpdate, Problem> {
+        let body: RawMovie<'_> = request::json_object(text)?;
+        let (title, description) = combine(title(body.title), description(body.description))?;
         if title.is_none() && description.is_none() {
             return Err(Problem::invalid_field("body", "must have a title or a description"));
         }
-        Ok(Change { title, description })
+        Ok(MovieUpdate { title, description })
     }
 }
 
-fn both<A, B>(a: Result<A, Fault>, b: Result<B, Fault>) -> Result<(A, B), Problem> {
+fn combine<A, B>(a: Result<A, FieldError>, b: Result<B, FieldError>) -> Result<(A, B), Problem> {
     match (a, b) {
         (Ok(a), Ok(b)) => Ok((a, b)),
         (a, b) => Err(Problem::unprocessable([a.err(), b.err()].into_iter().flatten().collect())),
     }
 }
 
-/// Without the white space (Unicode's `White_Space`) around it; inside it stays.
-fn title(value: Option<&RawValue>) -> Result<Option<String>, Fault> {
-    text(value, "title", |text| {
+/// The title without white space (Unicode's `White_Space`) at its ends.
+fn title(value: Option<&RawValue>) -> Result<Option<String>, FieldError> {
+    text_field(value, "title", |text| {
         let title = text.trim();
         let length = title.chars().count();
         if (1..=255).contains(&length) {
@@ -88,20 +88,20 @@ fn title(value: Option<&RawValue>) -> Result<Option<String>, Fault> {
     })
 }
 
-fn description(value: Option<&RawValue>) -> Result<Option<String>, Fault> {
-    text(value, "description", |text| {
+fn description(value: Option<&RawValue>) -> Result<Option<String>, FieldError> {
+    text_field(value, "description", |text| {
         let length = text.chars().count();
         if length <= 10_000 { Ok(text) } else { Err("must be at most 10000 characters") }
     })
 }
 
-/// A field that, where it is present, is a text. Null is not "absent": whether it
-/// would mean "empty" or "as it was" is for the client to say.
-fn text(
+/// The text of a field. Null is not "absent": whether it means "empty" or "unchanged" is for the
+/// client to say.
+fn text_field(
     value: Option<&RawValue>,
     field: &str,
     check: impl Fn(&str) -> Result<&str, &'static str>,
-) -> Result<Option<String>, Fault> {
+) -> Result<Option<String>, FieldError> {
     let Some(value) = value else { return Ok(None) };
     // It fails for anything but a string, and for half a surrogate pair.
     let checked = match serde_json::from_str::<String>(value.get()) {
