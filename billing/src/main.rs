@@ -2,33 +2,31 @@
 
 use std::process::{self, ExitCode};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
 use billing::config::Config;
-use billing::routes::{self, App};
-use billing::{consume, dead_letters, forget, metrics};
-use chassis::env::Env;
-use chassis::{Stop, logging, server};
+use billing::routes::ROUTES;
+use billing::{App, consumer, dead_letters, metrics, retention};
+use chassis::{Env, Stop, logging, router, server};
 
 const USAGE: &str = "\
 Books the orders that arrive in RABBITMQ_QUEUE.
 
   billing                     runs the service; settings from the environment and .env
-  billing dead-letters …      looks at the messages that could not become orders,
-                              and puts them back; see billing dead-letters --help
+  billing dead-letters …      lists the messages that could not be booked, and requeues
+                              or deletes them; see billing dead-letters --help
 ";
 
-/// Later than this after a stop signal the process ends in any case: an order
-/// that is not acknowledged by then is delivered again.
-const STOP_LIMIT: Duration = Duration::from_millis(4700);
+/// After a stop signal the process ends by then in any case. A message that is not acknowledged is
+/// delivered again.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(4700);
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         None => serve().map(|()| ExitCode::SUCCESS),
-        Some("dead-letters") => dead_letters::command(&arguments[1..]),
+        Some("dead-letters") => dead_letters::run_command(&arguments[1..]),
         Some("-h" | "--help" | "help") => {
             print!("{USAGE}");
             Ok(ExitCode::SUCCESS)
@@ -43,28 +41,29 @@ fn main() -> anyhow::Result<ExitCode> {
 fn serve() -> anyhow::Result<()> {
     let mut config = Config::from_env(Env::load())?;
     let _log = logging::init(config.log_level, env!("CARGO_CRATE_NAME"))?;
-    // Beside its clients: the database, and the broker for consuming and publishing.
+    // Descriptors for the database, and for the broker's connections.
     config.http.clamp_to_fd_limit(1, 8);
     metrics::register();
     let stop = Stop::on_signals()?;
-    let consuming = Arc::new(AtomicBool::new(false));
-    let app = App::new(&config, Arc::clone(&consuming))?;
-    end_in_time(&stop)?;
+    let status = Arc::new(consumer::Status::default());
+    let app = App::new(&config, Arc::clone(&status))?;
+    force_exit_after(SHUTDOWN_TIMEOUT, &stop)?;
 
     thread::scope(|scope| {
-        stop.spawn_critical(scope, "consumer", || consume::run(&config, &stop, &consuming))?;
-        stop.spawn_critical(scope, "forget", || forget::run(&config, &stop))?;
-        let served = server::run(&config.http, &stop, move |request| routes::handle(&app, request));
+        stop.spawn_critical(scope, "consumer", || consumer::run(&config, &stop, &status))?;
+        stop.spawn_critical(scope, "retention", || retention::run(&config, &stop))?;
+        let handle = move |request: &_| router::dispatch(ROUTES, &app, request);
+        let served = server::run(&config.http, &stop, handle);
         stop.request();
         served
     })
 }
 
-fn end_in_time(stop: &Stop) -> anyhow::Result<()> {
+fn force_exit_after(timeout: Duration, stop: &Stop) -> anyhow::Result<()> {
     let stop = stop.clone();
-    thread::Builder::new().name("stop-limit".into()).spawn(move || {
+    thread::Builder::new().name("shutdown".into()).spawn(move || {
         while !stop.sleep(Duration::from_secs(3600)) {}
-        thread::sleep(STOP_LIMIT);
+        thread::sleep(timeout);
         log::warn!("stopped in the middle of a batch: it will be delivered again");
         log::logger().flush();
         process::exit(1);

@@ -1,23 +1,21 @@
-//! A shop of a test's own: a database, a virtual host, and billing between them.
+//! A database and a virtual host for one test, and billing between them.
 
 use std::collections::HashMap;
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::thread::{self, JoinHandle};
 
-use amiquip::{AmqpProperties, AmqpValue, Connection, QueueDeleteOptions};
+use amiquip::{AmqpProperties, AmqpValue, Connection, FieldTable, QueueDeleteOptions};
 use billing::config::Config;
-use billing::consume;
-use billing::publish::{Letter, Publisher};
-use chassis::broker::{self, SocketDeadline};
+use billing::consumer;
+use chassis::broker::{self, Message, Publisher, SocketDeadline, declare_queue};
 use chassis::testing::{TestDb, TestVhost, eventually, management_api, test_var};
 use chassis::{Env, Stop};
 use postgres::Client;
 
-/// Where orders are posted and booked.
-pub(crate) struct Shop {
+/// A database and a virtual host of their own, and the settings for billing.
+pub(crate) struct BillingFixture {
     pub(crate) db: TestDb,
     pub(crate) vhost: TestVhost,
     settings: HashMap<&'static str, String>,
@@ -25,14 +23,15 @@ pub(crate) struct Shop {
 
 /// A dead letter.
 #[derive(Debug)]
-pub(crate) struct Dead {
+pub(crate) struct DeadLetter {
     pub(crate) message_id: Option<String>,
     pub(crate) reason: String,
     pub(crate) body: Vec<u8>,
+    pub(crate) headers: FieldTable,
 }
 
-impl Shop {
-    pub(crate) fn new() -> Shop {
+impl BillingFixture {
+    pub(crate) fn new() -> BillingFixture {
         let (db, vhost) = (TestDb::new(&test_var("BILLING_DB_NAME")), TestVhost::new());
         let port = || {
             let free = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -44,11 +43,11 @@ impl Shop {
             ("BILLING_PORT", port()),
             ("BILLING_METRICS_LISTEN", format!("127.0.0.1:{}", port())),
         ]);
-        Shop { db, vhost, settings }
+        BillingFixture { db, vhost, settings }
     }
 
     /// With another value for a variable.
-    pub(crate) fn with(mut self, name: &'static str, value: &str) -> Shop {
+    pub(crate) fn with(mut self, name: &'static str, value: &str) -> BillingFixture {
         self.settings.insert(name, value.to_owned());
         self
     }
@@ -62,12 +61,12 @@ impl Shop {
     }
 
     /// The consumer on a thread of this process.
-    pub(crate) fn consume(&self) -> Running {
+    pub(crate) fn consume(&self) -> RunningConsumer {
         let (config, stop) = (self.config(), Stop::default());
         let stopped = stop.clone();
-        let consuming = Arc::new(AtomicBool::new(false));
-        let thread = thread::spawn(move || consume::run(&config, &stopped, &consuming));
-        Running { stop, thread: Some(thread) }
+        let status = Arc::new(consumer::Status::default());
+        let thread = thread::spawn(move || consumer::run(&config, &stopped, &status));
+        RunningConsumer { stop, thread: Some(thread) }
     }
 
     /// The real binary.
@@ -103,15 +102,16 @@ impl Shop {
         env.finish(config).unwrap()
     }
 
-    /// Posts messages, each an id (or "" for none) and a body; returns when the broker has them.
+    /// Publishes messages, each an id (or "" for none) and a body; returns when all are confirmed.
     pub(crate) fn post<B: AsRef<[u8]>>(&self, messages: &[(impl AsRef<str>, B)]) {
-        let mut publisher = Publisher::connect(&self.admin(), &self.config().queue).unwrap();
+        let mut publisher =
+            Publisher::connect(&self.admin(), "test", &self.config().queue).unwrap();
         for some in messages.chunks(200) {
-            let letters = some.iter().map(|(id, body)| Letter {
+            let messages = some.iter().map(|(id, body)| Message {
                 body: body.as_ref(),
                 properties: properties(id.as_ref()),
             });
-            publisher.send(letters.collect()).unwrap();
+            publisher.publish_and_wait(messages.collect()).unwrap();
         }
     }
 
@@ -142,19 +142,17 @@ impl Shop {
 
     /// Messages in the queue that are not with a consumer; `suffix` may be ".dead".
     pub(crate) fn depth(&self, suffix: &str) -> usize {
-        let (mut connection, leash) = self.admin().connect("test").unwrap();
-        let channel = connection.open_channel(None).unwrap();
+        let (mut connection, deadline) = self.admin().connect("test").unwrap();
         let queue = format!("{}{suffix}", self.config().queue);
-        let declared = channel.queue_declare(queue, billing::publish::durable()).unwrap();
-        let count = declared.declared_message_count().unwrap_or_default() as usize;
+        let (_channel, count) = declare_queue(&mut connection, &deadline, &queue).unwrap();
         connection.close().unwrap();
-        drop(leash);
-        count
+        drop(deadline);
+        count as usize
     }
 
     /// Returns how many messages were in the queue after all.
     pub(crate) fn delete_queue_when_all_is_delivered(&self) -> u32 {
-        let (mut connection, _leash): (Connection, SocketDeadline) =
+        let (mut connection, _deadline): (Connection, SocketDeadline) =
             self.admin().connect("operator").unwrap();
         let channel = connection.open_channel(None).unwrap();
         let queue = self.config().queue;
@@ -165,9 +163,9 @@ impl Shop {
         channel.queue_delete(&queue, QueueDeleteOptions::default()).unwrap()
     }
 
-    /// What a consumer does that dies: so many messages will be delivered again.
+    /// Takes messages and closes the channel, as a consumer that dies: they are delivered again.
     pub(crate) fn deliver_without_acknowledging(&self, count: usize) {
-        let (mut connection, _leash): (Connection, SocketDeadline) =
+        let (mut connection, _deadline): (Connection, SocketDeadline) =
             self.admin().connect("test").unwrap();
         let channel = connection.open_channel(None).unwrap();
         for _ in 0..count {
@@ -178,51 +176,54 @@ impl Shop {
     }
 
     /// Leaves a second copy of the only dead letter, as a lost confirm would.
-    pub(crate) fn copy_dead(&self) {
-        let (mut connection, _leash): (Connection, SocketDeadline) =
+    pub(crate) fn copy_dead_letter(&self) {
+        let (mut connection, _deadline): (Connection, SocketDeadline) =
             self.admin().connect("test").unwrap();
         let channel = connection.open_channel(None).unwrap();
-        let queue = self.config().dead_queue();
+        let queue = self.config().dead_letter_queue();
         let got = channel.basic_get(queue.as_str(), true).unwrap().unwrap();
-        let mut publisher = Publisher::connect(&self.admin(), &queue).unwrap();
+        let mut publisher = Publisher::connect(&self.admin(), "test", &queue).unwrap();
         for _ in 0..2 {
             let properties = got.delivery.properties.clone();
-            publisher.send(vec![Letter { body: &got.delivery.body, properties }]).unwrap();
+            publisher
+                .publish_and_wait(vec![Message { body: &got.delivery.body, properties }])
+                .unwrap();
         }
     }
 
     /// Waits for so many dead letters and takes them.
-    pub(crate) fn await_dead(&self, count: usize, seconds: u64) -> Vec<Dead> {
+    pub(crate) fn await_dead_letters(&self, count: usize, seconds: u64) -> Vec<DeadLetter> {
         eventually(format!("{count} dead letters"), seconds, || {
             (self.depth(".dead") >= count).then_some(())
         });
-        let dead = self.take_dead();
+        let dead = self.take_dead_letters();
         assert_eq!(dead.len(), count, "{dead:?}");
         dead
     }
 
     /// Takes all there are.
-    pub(crate) fn take_dead(&self) -> Vec<Dead> {
-        let (mut connection, _leash): (Connection, SocketDeadline) =
+    pub(crate) fn take_dead_letters(&self) -> Vec<DeadLetter> {
+        let (mut connection, _deadline): (Connection, SocketDeadline) =
             self.admin().connect("test").unwrap();
         let channel = connection.open_channel(None).unwrap();
         let mut dead = Vec::new();
-        while let Some(got) = channel.basic_get(self.config().dead_queue(), true).unwrap() {
+        while let Some(got) = channel.basic_get(self.config().dead_letter_queue(), true).unwrap() {
             let properties = &got.delivery.properties;
             let reason = properties.headers().as_ref().and_then(|headers| headers.get("x-reason"));
             let Some(AmqpValue::LongString(reason)) = reason else {
                 panic!("no reason: {properties:?}")
             };
-            dead.push(Dead {
+            dead.push(DeadLetter {
                 message_id: properties.message_id().clone(),
                 reason: reason.clone(),
                 body: got.delivery.body.clone(),
+                headers: properties.headers().clone().unwrap_or_default(),
             });
         }
         dead
     }
 
-    /// Breaks every connection to this shop's database but the test's own.
+    /// Breaks every connection to this test's database but the test's own.
     pub(crate) fn break_database_connections_but(&self, db: &mut Client) {
         db.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity
@@ -258,7 +259,7 @@ fn properties(id: &str) -> AmqpProperties {
     if id.is_empty() { properties } else { properties.with_message_id(id.to_owned()) }
 }
 
-/// Status and body; 0 when nobody answers.
+/// Status and body; 0 without an answer.
 pub(crate) fn get(url: &str) -> (u16, String) {
     let agent = ureq::Agent::config_builder().http_status_as_error(false).proxy(None).build();
     match ureq::Agent::from(agent).get(url).call() {
@@ -269,7 +270,7 @@ pub(crate) fn get(url: &str) -> (u16, String) {
     }
 }
 
-/// An order's body, told from others by its user.
+/// An order's body, body from others by its user.
 pub(crate) fn order(user: impl std::fmt::Display) -> String {
     format!(r#"{{"user_id":"{user}","number_of_items":1,"total_amount":9.99}}"#)
 }
@@ -280,12 +281,12 @@ pub(crate) fn numbered(count: usize) -> Vec<(String, String)> {
 }
 
 /// A consumer on a thread; stopped at the end.
-pub(crate) struct Running {
+pub(crate) struct RunningConsumer {
     stop: Stop,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Drop for Running {
+impl Drop for RunningConsumer {
     fn drop(&mut self) {
         self.stop.request();
         if let Some(thread) = self.thread.take() {

@@ -4,4 +4,4 @@ mod dead_letters;
 mod failures;
 mod harness;
 mod orders;
-mod raw;
+mod raw_amqp;
