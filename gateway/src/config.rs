@@ -1,122 +1,128 @@
 //! Every variable that the gateway reads.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use chassis::env::Env;
-use chassis::{broker, server};
+use chassis::upstream::{self, breaker};
+use chassis::{broker, logging, server};
+use log::LevelFilter;
 
-use crate::breaker;
-use crate::limit::Rate;
-use crate::proxies::Proxies;
+use crate::cors::Origins;
+use crate::rate_limit::Quota;
+use crate::trusted_proxies::TrustedProxies;
 
 /// The gateway's settings; `.env` explains each.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Its own door.
+    /// Addresses and limits of the HTTP server.
     pub http: server::Config,
-    /// Whose word on where a request comes from is taken.
-    pub proxies: Proxies,
-    /// How often an address may ask; without it as often as it likes.
-    pub rate_limit: Option<Rate>,
-    /// How it asks inventory.
-    pub forward: Forward,
-    /// How it publishes.
-    pub publish: Publish,
+    /// The proxies whose headers are trusted.
+    pub trusted_proxies: TrustedProxies,
+    /// The origins whose pages may use the API.
+    pub cors: Origins,
+    /// How many requests an address may make; without it any number.
+    pub rate_limit: Option<Quota>,
+    /// How inventory is called.
+    pub inventory: upstream::Config,
+    /// How orders are published.
+    pub publisher: Publisher,
+    /// The lowest level that is logged.
+    pub log_level: LevelFilter,
 }
 
-/// How the gateway asks inventory.
+/// How orders are published.
 #[derive(Clone, Debug)]
-pub struct Forward {
-    /// Where inventory listens.
-    pub inventory: SocketAddr,
-    /// Requests that may wait for inventory at once.
-    pub max_in_flight: usize,
-    /// For the TCP connect.
-    pub connect_timeout: Duration,
-    /// From the request's begin to the head of the answer.
-    pub timeout: Duration,
-    /// For each further piece of the answer.
-    pub body_timeout: Duration,
-    /// When it is not asked for a while.
-    pub breaker: breaker::Settings,
-}
-
-/// How the gateway publishes.
-#[derive(Clone, Debug)]
-pub struct Publish {
-    /// Where the broker is.
+pub struct Publisher {
+    /// The broker.
     pub broker: broker::Config,
     /// The queue for orders.
     pub queue: String,
-    /// Orders that may wait for their confirm at once.
+    /// The most orders that may be unconfirmed at once.
     pub max_in_flight: usize,
-    /// For the confirm.
-    pub timeout: Duration,
+    /// How long an order waits for its confirm.
+    pub confirm_timeout: Duration,
 }
 
 impl Config {
-    /// Reads them all.
-    pub fn from_env(env: &mut Env) -> Config {
-        let connect_timeout = env.millis("GATEWAY_UPSTREAM_CONNECT_TIMEOUT_MS", 1000);
-        let timeout = env.millis("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 5000);
-        Config {
-            http: server::Config::from_env(env, "GATEWAY"),
-            proxies: proxies(env),
-            rate_limit: rate_limit(env),
-            forward: Forward {
-                inventory: env.host_port("INVENTORY_HOST", "INVENTORY_PORT"),
-                max_in_flight: env.number("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 192, 1..=10_000),
-                connect_timeout,
-                timeout,
-                body_timeout: env.millis("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", 10_000),
-                breaker: breaker::Settings {
-                    failures: env.number("GATEWAY_BREAKER_FAILURE_THRESHOLD", 5, 0..=10_000),
-                    pause: env.millis("GATEWAY_BREAKER_OPEN_MS", 500),
-                    max_pause: env.millis("GATEWAY_BREAKER_MAX_OPEN_MS", 2000),
-                    // By then a request for something small has failed.
-                    trial: connect_timeout + timeout,
-                },
-            },
-            publish: Publish {
-                broker: broker::Config::from_env(env, "GATEWAY"),
+    /// Reads all variables; the error names everything that is missing or malformed.
+    pub fn from_env(mut env: Env) -> anyhow::Result<Config> {
+        let config = Config {
+            http: server::Config::from_env(&mut env, "GATEWAY"),
+            trusted_proxies: trusted_proxies(&mut env),
+            cors: cors(&mut env),
+            rate_limit: rate_limit(&mut env),
+            inventory: inventory(&mut env),
+            publisher: Publisher {
+                broker: broker::Config::from_env(&mut env, "GATEWAY"),
                 queue: env.required("RABBITMQ_QUEUE"),
                 max_in_flight: env.number("GATEWAY_PUBLISH_MAX_IN_FLIGHT", 192, 1..=10_000),
-                timeout: env.millis("GATEWAY_PUBLISH_CONFIRM_TIMEOUT_MS", 3000),
+                confirm_timeout: env.millis("GATEWAY_PUBLISH_CONFIRM_TIMEOUT_MS", 3000),
             },
-        }
+            log_level: logging::level_from_env(&mut env),
+        };
+        env.finish(config)
     }
 
-    /// Lowers what does not fit in the descriptors that the process may have. Each
-    /// client may need a connection to inventory, and whoever waits for inventory or the
-    /// broker must still leave some places for everything else.
-    pub fn fit_descriptors(&mut self) {
+    /// Lowers what does not fit in the descriptors that the process may have. Each client may need a
+    /// connection to inventory, and requests that wait for inventory or the broker must leave some
+    /// connections for all others.
+    pub fn clamp_to_fd_limit(&mut self) {
         let wanted = self.http.limits.max_connections;
         self.http.clamp_to_fd_limit(2, 0);
-        let threads = self.http.limits.max_connections;
-        if threads < wanted {
-            let most = (threads * 3 / 4).max(1);
-            self.forward.max_in_flight = self.forward.max_in_flight.min(most);
-            self.publish.max_in_flight = self.publish.max_in_flight.min(most);
+        let connections = self.http.limits.max_connections;
+        if connections < wanted {
+            let most = (connections * 3 / 4).max(1);
+            self.inventory.max_in_flight = self.inventory.max_in_flight.min(most);
+            self.publisher.max_in_flight = self.publisher.max_in_flight.min(most);
         }
     }
 }
 
-fn proxies(env: &mut Env) -> Proxies {
-    let name = "GATEWAY_TRUSTED_PROXIES";
+fn inventory(env: &mut Env) -> upstream::Config {
+    let connect_timeout = env.millis("GATEWAY_UPSTREAM_CONNECT_TIMEOUT_MS", 1000);
+    let response_timeout = env.millis("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 5000);
+    upstream::Config {
+        address: env.host_port("INVENTORY_HOST", "INVENTORY_PORT"),
+        max_in_flight: env.number("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 192, 1..=10_000),
+        connect_timeout,
+        response_timeout,
+        read_timeout: env.millis("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", 10_000),
+        breaker: breaker::Config {
+            failure_threshold: env.number("GATEWAY_BREAKER_FAILURE_THRESHOLD", 5, 0..=10_000),
+            open_for: env.millis("GATEWAY_BREAKER_OPEN_MS", 500),
+            max_open_for: env.millis("GATEWAY_BREAKER_MAX_OPEN_MS", 2000),
+            // By then a request for something small has failed.
+            half_open_timeout: connect_timeout + response_timeout,
+        },
+    }
+}
+
+fn cors(env: &mut Env) -> Origins {
+    let name = "GATEWAY_CORS_ORIGINS";
     let list = env.optional(name).unwrap_or_default();
-    Proxies::parse(&list).unwrap_or_else(|_| {
+    Origins::parse(&list).unwrap_or_else(|_| {
         env.error(&format!(
-            "{name} must be addresses or networks such as 10.0.0.0/8, separated by commas"
+            "{name} must be *, or origins such as https://shop.example, separated by commas"
         ));
-        Proxies::default()
+        Origins::default()
     })
 }
 
-fn rate_limit(env: &mut Env) -> Option<Rate> {
+fn trusted_proxies(env: &mut Env) -> TrustedProxies {
+    let name = "GATEWAY_TRUSTED_PROXIES";
+    let list = env.optional(name).unwrap_or_default();
+    TrustedProxies::parse(&list).unwrap_or_else(|_| {
+        env.error(&format!(
+            "{name} must be addresses or networks such as 10.0.0.0/8, separated by commas"
+        ));
+        TrustedProxies::default()
+    })
+}
+
+fn rate_limit(env: &mut Env) -> Option<Quota> {
     let name = "GATEWAY_RATE_LIMIT";
     let text = env.optional(name).filter(|text| text != "0")?;
-    let rate = Rate::parse(&text);
+    let rate = Quota::parse(&text);
     if rate.is_none() {
         env.error(&format!(
             "{name} must be REQUESTS/SECONDS, at most 1000000 and 86400, or 0 for no limit"

@@ -13,37 +13,37 @@ use rouille::{Request, Response, ResponseBody};
 
 /// Nothing but what the gateway itself serves. Swagger UI carries its icons as
 /// `data:` in its style sheet and needs no inline script and no inline style.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
+const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
                       img-src 'self' data:; connect-src 'self'; base-uri 'none'; \
                       form-action 'none'; frame-ancestors 'none'";
 
 /// A file of this binary, gzipped.
-struct File {
+struct Asset {
     content_type: &'static str,
     gzip: &'static [u8],
-    plain: OnceLock<Vec<u8>>,
+    uncompressed: OnceLock<Vec<u8>>,
 }
 
 macro_rules! file {
     ($content_type:literal, $name:literal) => {
-        File {
+        Asset {
             content_type: $content_type,
             gzip: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".gz")),
-            plain: OnceLock::new(),
+            uncompressed: OnceLock::new(),
         }
     };
 }
 
-static YAML: File = file!("application/yaml", "openapi.yaml");
-static JSON: File = file!("application/json", "openapi.json");
-static PAGE: File = file!("text/html; charset=utf-8", "index.html");
-static ASSETS: [(&str, File); 5] = [
+static YAML: Asset = file!("application/yaml", "openapi.yaml");
+static JSON: Asset = file!("application/json", "openapi.json");
+static PAGE: Asset = file!("text/html; charset=utf-8", "index.html");
+static ASSETS: [(&str, Asset); 5] = [
     ("swagger-ui-bundle.js", file!("text/javascript; charset=utf-8", "swagger-ui-bundle.js")),
     ("swagger-ui.css", file!("text/css; charset=utf-8", "swagger-ui.css")),
     ("index.css", file!("text/css; charset=utf-8", "index.css")),
     ("start.js", file!("text/javascript; charset=utf-8", "start.js")),
     // Swagger UI's, which must accompany every copy of it.
-    ("LICENSE", file!("text/plain; charset=utf-8", "LICENSE")),
+    ("LICENSE", file!("text/uncompressed; charset=utf-8", "LICENSE")),
 ];
 
 /// `GET /openapi.yaml`
@@ -59,7 +59,7 @@ pub fn openapi_json(request: &Request) -> Response {
 /// `GET /docs`
 pub fn page(request: &Request) -> Response {
     serve(&PAGE, request)
-        .with_unique_header("Content-Security-Policy", POLICY)
+        .with_unique_header("Content-Security-Policy", CONTENT_SECURITY_POLICY)
         .with_unique_header("Referrer-Policy", "no-referrer")
 }
 
@@ -71,10 +71,10 @@ pub fn asset(name: &str, request: &Request) -> Option<Response> {
 
 /// Clients may keep the file but ask each time whether it is still good: a 304 is
 /// cheap, and a new release never meets the script of the one before.
-fn serve(file: &'static File, request: &Request) -> Response {
-    let packed = takes_gzip(request);
-    let (check, size) = file.trailer();
-    let body = if packed { file.gzip } else { file.plain() };
+fn serve(file: &'static Asset, request: &Request) -> Response {
+    let packed = accepts_gzip(request);
+    let (check, size) = file.gzip_trailer();
+    let body = if packed { file.gzip } else { file.uncompressed() };
     let body = ResponseBody::from_reader_and_size(Cursor::new(body), body.len());
     let mut response = Response {
         status_code: 200,
@@ -82,7 +82,6 @@ fn serve(file: &'static File, request: &Request) -> Response {
             ("Content-Type".into(), file.content_type.into()),
             ("Cache-Control".into(), "no-cache".into()),
             ("Vary".into(), "Accept-Encoding".into()),
-            ("X-Content-Type-Options".into(), "nosniff".into()),
         ],
         data: body,
         upgrade: None,
@@ -96,7 +95,7 @@ fn serve(file: &'static File, request: &Request) -> Response {
     response.with_etag(request, format!("\"{check:08x}-{size:x}{form}\""))
 }
 
-fn takes_gzip(request: &Request) -> bool {
+fn accepts_gzip(request: &Request) -> bool {
     let header = request.header("Accept-Encoding").unwrap_or_default();
     let named = |coding: &str| {
         parse_priority_header(header)
@@ -106,21 +105,21 @@ fn takes_gzip(request: &Request) -> bool {
     named("gzip").or_else(|| named("*")).unwrap_or(false)
 }
 
-impl File {
-    fn plain(&self) -> &[u8] {
-        self.plain.get_or_init(|| {
-            let mut plain = Vec::with_capacity(self.trailer().1);
-            let unpacked = GzDecoder::new(self.gzip).read_to_end(&mut plain);
+impl Asset {
+    fn uncompressed(&self) -> &[u8] {
+        self.uncompressed.get_or_init(|| {
+            let mut uncompressed = Vec::with_capacity(self.gzip_trailer().1);
+            let unpacked = GzDecoder::new(self.gzip).read_to_end(&mut uncompressed);
             // Packed by `build.rs` and compiled in: nothing can have come between.
             unpacked.expect("a file of this binary can be unpacked");
-            plain
+            uncompressed
         })
     }
 
     /// The checksum of the unpacked file and its size, which end every gzip file.
-    fn trailer(&self) -> (u32, usize) {
-        let trailer = self.gzip.last_chunk::<8>().copied().unwrap_or_default();
-        let number = u64::from_le_bytes(trailer);
+    fn gzip_trailer(&self) -> (u32, usize) {
+        let gzip_trailer = self.gzip.last_chunk::<8>().copied().unwrap_or_default();
+        let number = u64::from_le_bytes(gzip_trailer);
         (number as u32, (number >> 32) as usize)
     }
 }
@@ -216,17 +215,17 @@ mod tests {
     #[test]
     fn gzip_goes_to_those_who_take_it_and_is_the_same_file() {
         for (name, _) in &ASSETS {
-            let plain = asset(name, &request(&[])).unwrap();
-            assert_eq!(header(&plain, "Content-Encoding"), None);
+            let uncompressed = asset(name, &request(&[])).unwrap();
+            assert_eq!(header(&uncompressed, "Content-Encoding"), None);
             let packed = asset(name, &request(&[("Accept-Encoding", "gzip, br")])).unwrap();
             assert_eq!(header(&packed, "Content-Encoding"), Some("gzip"));
             assert_eq!(header(&packed, "Vary"), Some("Accept-Encoding"));
-            assert_ne!(header(&plain, "ETag"), header(&packed, "ETag"));
+            assert_ne!(header(&uncompressed, "ETag"), header(&packed, "ETag"));
 
             let mut unpacked = Vec::new();
             GzDecoder::new(&body(packed)[..]).read_to_end(&mut unpacked).unwrap();
             assert!(!unpacked.is_empty());
-            assert!(unpacked == body(plain), "{name}");
+            assert!(unpacked == body(uncompressed), "{name}");
         }
     }
 
@@ -244,9 +243,9 @@ mod tests {
             ("identity", false),
             ("br;q=,;;,gzip", true),
         ] {
-            assert_eq!(takes_gzip(&request(&[("Accept-Encoding", header)])), gzip, "{header}");
+            assert_eq!(accepts_gzip(&request(&[("Accept-Encoding", header)])), gzip, "{header}");
         }
-        assert!(!takes_gzip(&request(&[])));
+        assert!(!accepts_gzip(&request(&[])));
     }
 
     #[test]

@@ -1,27 +1,78 @@
-//! The public door: forwards `/api/movies` to inventory, puts `/api/billing` on
-//! the queue, and shows the contract. It owns no data.
-
-pub mod breaker;
-pub mod config;
-pub mod docs;
-pub mod forward;
-pub mod limit;
-pub mod metrics;
-pub mod order;
-pub mod proxies;
-pub mod publish;
-pub mod routes;
-
-mod transport;
+//! The public API: forwards `/api/movies` to inventory, publishes `/api/billing` to the queue, and
+//! serves the contract. It has no data of its own.
 
 use chassis::health::Probe;
+use chassis::router::{self, RoutedResponse};
+use chassis::upstream::Upstream;
+use rouille::Request;
 
-/// What the routes work with.
+pub mod config;
+pub mod routes;
+
+pub mod billing;
+pub mod docs;
+pub mod proxy;
+
+pub mod cors;
+pub mod rate_limit;
+pub mod trusted_proxies;
+
+pub mod metrics;
+
+use billing::idempotency::IdempotencyMemory;
+use billing::publisher::{Publisher, Worker};
+use config::Config;
+use cors::Origins;
+use rate_limit::RateLimiter;
+use trusted_proxies::TrustedProxies;
+
+/// What the routes need.
 pub struct App {
-    /// Asks inventory.
-    pub inventory: forward::Inventory,
-    /// Puts orders on the queue.
-    pub publisher: publish::Publisher,
-    /// What readiness looks at.
+    /// Has the movies.
+    pub inventory: Upstream,
+    /// Publishes orders.
+    pub publisher: Publisher,
+    /// Which body came with which idempotency key.
+    pub idempotency: IdempotencyMemory,
+    /// The proxies whose headers are trusted.
+    pub trusted_proxies: TrustedProxies,
+    /// The origins whose pages may use the API.
+    pub cors: Origins,
+    /// Limits requests by client address, where that is configured.
+    pub rate_limiter: Option<RateLimiter>,
+    /// The dependencies that readiness checks.
     pub probes: Vec<Probe>,
+}
+
+impl App {
+    /// The application, and the worker that publishes for it.
+    pub fn new(config: &Config) -> anyhow::Result<(App, Worker)> {
+        let inventory = Upstream::new("inventory", config.inventory.clone());
+        let (publisher, worker) = Publisher::new(&config.publisher);
+        let probes = vec![
+            Probe::new("inventory", inventory.probe())?,
+            Probe::new("rabbitmq", publisher.probe())?,
+        ];
+        let proxies = config.trusted_proxies.clone();
+        let rate_limiter = config.rate_limit.map(|quota| RateLimiter::new(quota, proxies.clone()));
+        let app = App {
+            inventory,
+            publisher,
+            idempotency: IdempotencyMemory::default(),
+            trusted_proxies: proxies,
+            cors: config.cors.clone(),
+            rate_limiter,
+            probes,
+        };
+        Ok((app, worker))
+    }
+
+    /// Answers a request.
+    pub fn handle(&self, request: &Request) -> RoutedResponse {
+        let dispatch = || router::dispatch(routes::ROUTES, self, request);
+        self.cors.handle(request, || match &self.rate_limiter {
+            Some(limiter) => limiter.limit(request, dispatch),
+            None => dispatch(),
+        })
+    }
 }

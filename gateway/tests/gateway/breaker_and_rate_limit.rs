@@ -76,14 +76,14 @@ fn asked_of_a_broken_inventory(stack: &Stack) -> usize {
 }
 
 #[test]
-fn an_inventory_that_fails_is_asked_less_and_not_more() {
+fn an_upstream_that_keeps_failing_is_called_only_until_the_breaker_opens() {
     let (stack, service) = gateway(|stack| {
         stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 2);
         stack.set("GATEWAY_BREAKER_OPEN_MS", 600_000);
         stack.set("GATEWAY_BREAKER_MAX_OPEN_MS", 600_000);
     });
     let asked = asked_of_a_broken_inventory(&stack);
-    // Four have failed and two more are asked; whoever waited for a turn is refused.
+    // Four have failed and two more are sent; requests that waited for a permit are rejected.
     assert!((5..=6).contains(&asked), "asked {asked} times");
     assert_eq!(circuit_breaker_state(&stack), 2);
     let state = |name: &str| {
@@ -93,13 +93,13 @@ fn an_inventory_that_fails_is_asked_less_and_not_more() {
     assert_eq!(metric(&stack, &state("half_open")), 0);
     let refused = metric(&stack, "circuit_breaker_rejected_total{upstream=\"inventory\"}");
     assert!(refused >= 150, "only {refused} were refused by the breaker");
-    assert_eq!(said(&service, "inventory fails: it is not asked for"), 1);
+    assert_eq!(said(&service, "inventory fails: no requests are sent to it for"), 1);
     // Others do not notice.
     assert_eq!(status_of(&raw(stack.address, HEALTH)), "200");
 }
 
 #[test]
-fn without_the_breaker_it_is_asked_by_everybody_who_gets_a_turn() {
+fn without_the_breaker_a_failing_upstream_is_called_by_every_request() {
     let (stack, _gateway) = gateway(|stack| {
         stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 2);
         stack.set("GATEWAY_BREAKER_FAILURE_THRESHOLD", 0);
@@ -114,23 +114,23 @@ const FAILS: u8 = 0;
 const HOLDS: u8 = 1;
 const WORKS: u8 = 2;
 
-/// One that fails until it is told otherwise; [`HOLDS`] keeps the client waiting until
-/// it is told otherwise again, or the client has gone.
+/// An upstream that fails until another behaviour is set; [`HOLDS`] keeps the client waiting until
+/// the behaviour changes, or the client has gone.
 fn moody(stack: &Stack) -> (Upstream, Arc<AtomicU8>) {
     let mood = Arc::new(AtomicU8::new(FAILS));
-    let told = Arc::clone(&mood);
+    let behaviour = Arc::clone(&mood);
     let upstream = Upstream::start(stack, move |stream, request| {
         if request.starts_with("GET /health") {
             return false;
         }
         stream.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
-        while told.load(Ordering::SeqCst) == HOLDS {
+        while behaviour.load(Ordering::SeqCst) == HOLDS {
             if matches!(stream.read(&mut [0]), Ok(0)) {
                 return false;
             }
         }
         stream.set_read_timeout(None).unwrap();
-        told.load(Ordering::SeqCst) == WORKS && ok(stream, request)
+        behaviour.load(Ordering::SeqCst) == WORKS && ok(stream, request)
     });
     (upstream, mood)
 }
@@ -143,7 +143,7 @@ fn open_the_breaker(stack: &Stack) {
 }
 
 #[test]
-fn one_request_tries_whether_inventory_is_back_and_its_answer_lets_all_in() {
+fn one_trial_request_closes_the_breaker_when_the_upstream_answers_again() {
     let (stack, service) = gateway(|stack| {
         stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 60_000);
         stack.set("GATEWAY_BREAKER_OPEN_MS", 100);
@@ -180,7 +180,7 @@ fn one_request_tries_whether_inventory_is_back_and_its_answer_lets_all_in() {
 }
 
 #[test]
-fn a_trial_whose_client_goes_away_does_not_keep_the_others_out() {
+fn a_trial_whose_client_disconnects_does_not_block_the_next_trial() {
     let (stack, _gateway) = gateway(|stack| {
         stack.set("GATEWAY_BREAKER_OPEN_MS", 100);
         stack.set("GATEWAY_BREAKER_MAX_OPEN_MS", 200);
@@ -206,7 +206,7 @@ fn a_trial_whose_client_goes_away_does_not_keep_the_others_out() {
 }
 
 #[test]
-fn what_inventory_answers_opens_nothing_however_bad_it_is() {
+fn http_errors_of_the_upstream_do_not_open_the_breaker() {
     let (stack, _gateway) = gateway(|_| ());
     let upstream = Upstream::start(&stack, |stream, request| {
         let status = request.split(['/', ' ']).nth(4).unwrap_or("200");
@@ -230,7 +230,7 @@ fn what_inventory_answers_opens_nothing_however_bad_it_is() {
 }
 
 #[test]
-fn while_inventory_is_stopped_all_are_answered_and_afterwards_all_is_well() {
+fn while_inventory_is_stopped_every_request_is_answered_and_afterwards_it_recovers() {
     let movies = TestDb::new(&test_var("INVENTORY_DB_NAME"));
     let mut stack = Stack::new();
     stack.set("INVENTORY_DB_NAME", &movies.name);
@@ -276,7 +276,7 @@ impl Drop for End<'_> {
 }
 
 #[test]
-fn an_address_that_asks_too_often_is_told_so_and_the_others_do_not_notice() {
+fn an_address_over_its_quota_gets_429_and_others_are_served() {
     let (stack, _gateway) = gateway(|stack| {
         stack.set("GATEWAY_RATE_LIMIT", "3/3600");
     });
@@ -310,7 +310,7 @@ fn an_address_that_asks_too_often_is_told_so_and_the_others_do_not_notice() {
     });
     assert_eq!(upstream.seen().len(), 3 + 17, "inventory was asked by those who were refused");
     assert_eq!(metric(&stack, "http_requests_rate_limited_total"), 50);
-    // What a route refuses is counted and told as well.
+    // Requests that a route rejects count as well.
     let wrong = "GET /nowhere HTTP/1.1\r\nHost: h\r\n\r\n";
     let answer = raw_from([127, 0, 0, 20], &stack, wrong);
     assert_eq!(status_of(&answer), "404", "{answer}");
@@ -325,7 +325,7 @@ fn an_address_that_asks_too_often_is_told_so_and_the_others_do_not_notice() {
 }
 
 #[test]
-fn without_a_limit_an_address_may_ask_as_often_as_it_likes() {
+fn without_a_rate_limit_every_request_is_served() {
     let (stack, _gateway) = gateway(|_| ());
     Upstream::start(&stack, ok);
     for _ in 0..200 {
@@ -340,7 +340,7 @@ fn forwarded(lines: &str) -> String {
 }
 
 #[test]
-fn the_quota_is_that_of_the_client_whom_a_trusted_proxy_names() {
+fn behind_a_trusted_proxy_the_quota_is_that_of_the_client_it_names() {
     let (stack, _gateway) = gateway(|stack| {
         stack.set("GATEWAY_RATE_LIMIT", "1/3600");
         stack.set("GATEWAY_TRUSTED_PROXIES", "127.0.0.2, 10.0.0.0/8");
@@ -364,7 +364,7 @@ fn the_quota_is_that_of_the_client_whom_a_trusted_proxy_names() {
 }
 
 #[test]
-fn inventory_is_told_what_a_trusted_proxy_says_and_of_others_what_is_seen() {
+fn forwarded_headers_are_kept_from_a_trusted_proxy_and_replaced_otherwise() {
     let (stack, _gateway) = gateway(|stack| {
         stack.set("GATEWAY_TRUSTED_PROXIES", "127.0.0.2");
     });
@@ -376,10 +376,10 @@ fn inventory_is_told_what_a_trusted_proxy_says_and_of_others_what_is_seen() {
         let answer = raw_from([127, 0, 0, peer], &stack, &forwarded(lines));
         assert_eq!(status_of(&answer), "200", "{answer}");
         let seen = upstream.seen().pop().unwrap().to_ascii_lowercase();
-        let told = seen.lines().filter(|line| line.contains("forward") || line.contains("real"));
-        let mut told: Vec<String> = told.map(str::to_owned).collect();
-        told.sort();
-        told
+        let lines = seen.lines().filter(|line| line.contains("forward") || line.contains("real"));
+        let mut lines: Vec<String> = lines.map(str::to_owned).collect();
+        lines.sort();
+        lines
     };
     assert_eq!(
         way(2, lines),
@@ -405,7 +405,7 @@ fn inventory_is_told_what_a_trusted_proxy_says_and_of_others_what_is_seen() {
 }
 
 #[test]
-fn a_limit_or_a_proxy_that_cannot_be_read_is_named_at_the_start() {
+fn a_malformed_rate_limit_or_proxy_list_is_a_start_error_naming_the_variable() {
     let mut stack = Stack::new();
     stack.set("GATEWAY_RATE_LIMIT", "many").set("GATEWAY_TRUSTED_PROXIES", "10.0.0.1/8");
     let mut started = stack.start("gateway");

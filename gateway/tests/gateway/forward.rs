@@ -1,4 +1,4 @@
-//! Forwarding, with an inventory that misbehaves as no real one would on demand.
+//! Forwarding, with a fake inventory that fails on demand, and the routes that need none.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -58,12 +58,18 @@ fn read_request(stream: &mut TcpStream) -> Option<String> {
         }
         bytes.push(byte[0]);
     }
-    let head = String::from_utf8(bytes).unwrap();
+    // One character a byte, so that any header can be compared.
+    let head: String = bytes.iter().map(|byte| char::from(*byte)).collect();
     let length = head.to_ascii_lowercase();
     let length = length.lines().find_map(|line| line.strip_prefix("content-length: "));
     let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
     stream.read_exact(&mut body).ok()?;
     Some(head + &String::from_utf8(body).unwrap())
+}
+
+/// The text as the fake upstream records it.
+fn one_char_a_byte(text: &str) -> String {
+    text.bytes().map(char::from).collect()
 }
 
 pub(crate) fn ok(stream: &mut TcpStream, _: &str) -> bool {
@@ -73,7 +79,7 @@ pub(crate) fn ok(stream: &mut TcpStream, _: &str) -> bool {
 /// A gateway that forwards to an address where a test puts what it wants.
 pub(crate) fn gateway(adjust: impl Fn(&mut Stack)) -> (Stack, Service) {
     let mut stack = Stack::new();
-    // Nobody is there: these tests need no broker.
+    // No broker listens there: these tests need none.
     stack.set("RABBITMQ_HOST", stack.address);
     stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 500);
     stack.set("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", 500);
@@ -87,7 +93,7 @@ pub(crate) fn status_of(answer: &str) -> &str {
 }
 
 #[test]
-fn a_request_goes_on_as_it_came_less_what_concerns_one_connection() {
+fn a_request_is_forwarded_unchanged_without_hop_by_hop_headers() {
     let (stack, _gateway) = gateway(|_| ());
     let upstream = Upstream::start(&stack, ok);
     let sent = "PUT /api/movies/a%2Fb//../ü?q=%41&q=\\ HTTP/1.1\r\nHost: store.example\r\n\
@@ -97,7 +103,8 @@ fn a_request_goes_on_as_it_came_less_what_concerns_one_connection() {
     let answer = raw(stack.address, sent);
     assert_eq!(status_of(&answer), "200", "{answer}");
     let seen = upstream.seen().remove(0);
-    assert!(seen.starts_with("PUT /api/movies/a%2Fb//../ü?q=%41&q=\\ HTTP/1.1\r\n"), "{seen}");
+    let start = one_char_a_byte("PUT /api/movies/a%2Fb//../ü?q=%41&q=\\ HTTP/1.1\r\n");
+    assert!(seen.starts_with(&start), "{seen}");
     assert!(seen.ends_with("\r\n\r\n{ü}!"), "{seen}");
     let lower = seen.to_ascii_lowercase();
     for there in [
@@ -117,7 +124,7 @@ fn a_request_goes_on_as_it_came_less_what_concerns_one_connection() {
 }
 
 #[test]
-fn a_head_and_a_body_as_large_as_they_may_be_go_through() {
+fn the_largest_head_and_body_are_forwarded() {
     let (stack, _gateway) = gateway(|_| ());
     let upstream = Upstream::start(&stack, ok);
     let (header, body) = ("x".repeat(15 << 10), "y".repeat(256 << 10));
@@ -132,7 +139,7 @@ fn a_head_and_a_body_as_large_as_they_may_be_go_through() {
 }
 
 #[test]
-fn an_answer_comes_back_as_it_is() {
+fn a_response_is_passed_back_unchanged() {
     let (stack, _gateway) = gateway(|_| ());
     Upstream::start(&stack, |stream, _| {
         let answer = "HTTP/1.1 418 Teapot\r\nX-A: 1\r\nX-A: 2\r\nDate: then\r\nX-Request-Id: theirs\r\n\
@@ -176,13 +183,13 @@ fn bodies_on_get_and_delete_are_passed_on_too() {
 }
 
 #[test]
-fn an_inventory_that_is_away_late_or_mad_is_a_problem_of_its_own_kind() {
+fn an_unreachable_slow_or_malformed_upstream_is_503_504_or_502() {
     // Each case must reach it, however many have failed before.
     let (stack, _gateway) = gateway(|stack| {
         stack.set("GATEWAY_BREAKER_FAILURE_THRESHOLD", 0);
     });
     let get = |path: &str| raw(stack.address, &format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n"));
-    assert_eq!(status_of(&get("/api/movies")), "503", "nobody listens");
+    assert_eq!(status_of(&get("/api/movies")), "503", "no inventory listens");
 
     Upstream::start(&stack, |stream, request| {
         let path = request.split(' ').nth(1).unwrap_or_default();
@@ -223,7 +230,7 @@ fn an_inventory_that_is_away_late_or_mad_is_a_problem_of_its_own_kind() {
 }
 
 #[test]
-fn a_get_whose_connection_died_is_asked_once_more_and_a_post_never() {
+fn a_get_whose_connection_was_lost_is_sent_once_more_and_a_post_never() {
     let (stack, _gateway) = gateway(|_| ());
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
@@ -242,7 +249,7 @@ fn a_get_whose_connection_died_is_asked_once_more_and_a_post_never() {
 }
 
 #[test]
-fn a_slow_inventory_does_not_take_the_threads_that_others_need() {
+fn a_slow_inventory_leaves_threads_for_other_routes() {
     let (stack, _gateway) = gateway(|stack| {
         stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 30_000);
         stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 4);
@@ -271,7 +278,7 @@ fn a_slow_inventory_does_not_take_the_threads_that_others_need() {
 }
 
 #[test]
-fn what_a_burst_opens_to_inventory_is_closed_again() {
+fn connections_opened_by_a_burst_are_closed_again() {
     const BURST: usize = 150;
     let (stack, gateway) = gateway(|stack| {
         stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 30_000);
@@ -296,7 +303,7 @@ fn what_a_burst_opens_to_inventory_is_closed_again() {
 }
 
 #[test]
-fn a_large_answer_streams_through_and_one_that_breaks_off_stays_broken() {
+fn a_large_response_is_streamed_and_one_that_breaks_off_is_broken_for_the_client() {
     const SIZE: usize = 40 << 20;
     let (stack, gateway) = gateway(|stack| {
         stack.set("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", 30_000);
@@ -333,4 +340,147 @@ fn resident_kb(process: u32) -> usize {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// A response as the client gets it, one character a byte.
+fn raw_bytes(stack: &Stack, sent: &[u8]) -> String {
+    let mut stream = TcpStream::connect((stack.address, 3000)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.write_all(sent).unwrap();
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    bytes.iter().map(|byte| char::from(*byte)).collect()
+}
+
+#[test]
+fn header_bytes_above_0x7f_are_passed_on_in_both_directions() {
+    let (stack, _gateway) = gateway(|_| ());
+    let upstream = Upstream::start(&stack, |stream, _| {
+        let answer = b"HTTP/1.1 200 OK\r\nX-Name: caf\xe9 \xc3\xa9\r\nContent-Length: 2\r\n\r\nok";
+        stream.write_all(answer).is_ok()
+    });
+    let sent = b"GET /api/movies HTTP/1.1\r\nHost: h\r\nReferer: /caf\xe9\r\nUser-Agent: \xff \xc3\xa9\r\n\r\n";
+    let answer = raw_bytes(&stack, sent);
+    assert_eq!(status_of(&answer), "200", "{answer}");
+    assert!(
+        answer.to_lowercase().contains("x-name: caf\u{e9} \u{e3}\u{a9}")
+            || answer.contains("caf\u{e9} \u{c3}\u{a9}"),
+        "{answer}"
+    );
+    let seen = upstream.seen().pop().unwrap();
+    assert!(seen.contains("/caf\u{e9}\r\n") && seen.contains("\u{ff} \u{c3}\u{a9}\r\n"), "{seen}");
+}
+
+#[test]
+fn an_encoded_path_is_routed_decoded_and_forwarded_as_it_was_sent() {
+    let (stack, _gateway) = gateway(|_| ());
+    let upstream = Upstream::start(&stack, ok);
+    for target in ["/api/%6Dovies/%31", "HTTP://h/api/movies", "http://h/%61pi/movies?a=%41"] {
+        let answer = raw(stack.address, &format!("GET {target} HTTP/1.1\r\nHost: h\r\n\r\n"));
+        assert_eq!(status_of(&answer), "200", "{target}: {answer}");
+        let seen = upstream.seen().pop().unwrap();
+        let path = target.split_once("//h").map_or(target, |(_, path)| path);
+        assert!(seen.starts_with(&format!("GET {path} HTTP/1.1\r\n")), "{seen}");
+    }
+}
+
+#[test]
+fn a_head_response_without_a_length_gets_none() {
+    let (stack, _gateway) = gateway(|_| ());
+    Upstream::start(&stack, |stream, _| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").is_ok()
+    });
+    let answer = raw(stack.address, "HEAD /api/movies HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert_eq!(status_of(&answer), "200", "{answer}");
+    assert!(!answer.to_ascii_lowercase().contains("content-length"), "{answer}");
+}
+
+#[test]
+fn a_second_attempt_gets_only_the_rest_of_the_deadline() {
+    const DEADLINE: Duration = Duration::from_millis(4000);
+    let (stack, _gateway) = gateway(|stack| {
+        stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", DEADLINE.as_millis());
+        stack.set("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", DEADLINE.as_millis());
+    });
+    // Each connection is closed without a response after three fifths of the deadline.
+    let upstream = Upstream::start(&stack, |_, request| {
+        if !request.starts_with("GET /health") {
+            thread::park_timeout(DEADLINE * 3 / 5);
+        }
+        false
+    });
+    let started_at = Instant::now();
+    let answer = raw(stack.address, "GET /api/movies HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert_eq!(status_of(&answer), "504", "{answer}");
+    let elapsed = started_at.elapsed();
+    assert!(
+        elapsed < DEADLINE * 7 / 5,
+        "{elapsed:?}: the second attempt had a deadline of its own"
+    );
+    assert_eq!(upstream.seen().len(), 2);
+}
+
+#[test]
+fn the_root_is_the_documentation_for_a_browser_and_links_for_a_program() {
+    let (stack, _gateway) = gateway(|_| ());
+    let get = |accept: &str| {
+        raw(stack.address, &format!("GET / HTTP/1.1\r\nHost: h\r\nAccept: {accept}\r\n\r\n"))
+    };
+    let browser = get("text/html,application/xhtml+xml");
+    assert_eq!(status_of(&browser), "302", "{browser}");
+    assert!(browser.contains("\r\nLocation: /docs\r\n"), "{browser}");
+    let program = get("*/*");
+    assert_eq!(status_of(&program), "200", "{program}");
+    assert!(program.contains("\"name\":\"matinee\"") && program.contains("/openapi.json"));
+}
+
+#[test]
+fn every_response_says_how_it_may_be_cached_and_forbids_sniffing() {
+    let (stack, _gateway) = gateway(|_| ());
+    Upstream::start(&stack, |stream, _| {
+        let answer = "HTTP/1.1 200 OK\r\nCache-Control: no-cache\r\nContent-Length: 2\r\n\r\nok";
+        stream.write_all(answer.as_bytes()).is_ok()
+    });
+    for (target, expected) in [
+        ("/health", "no-store"),
+        ("/health/ready", "no-store"),
+        ("/nothing", "no-store"),
+        ("/docs", "no-cache"),
+        ("/openapi.json", "no-cache"),
+        ("/api/movies", "no-cache"),
+    ] {
+        let answer = raw(stack.address, &format!("GET {target} HTTP/1.1\r\nHost: h\r\n\r\n"));
+        let head = answer.split("\r\n\r\n").next().unwrap().to_ascii_lowercase();
+        let fields = head.matches("cache-control: ").count();
+        assert!(fields == 1 && head.contains(&format!("cache-control: {expected}")), "{head}");
+        assert_eq!(head.matches("x-content-type-options: nosniff").count(), 1, "{head}");
+    }
+}
+
+#[test]
+fn a_page_of_a_listed_origin_may_use_the_api_and_read_errors() {
+    let (stack, _gateway) = gateway(|stack| {
+        stack.set("GATEWAY_CORS_ORIGINS", "https://shop.example");
+    });
+    let send = |line: &str, origin: &str| {
+        let more =
+            "Access-Control-Request-Method: PUT\r\nAccess-Control-Request-Headers: content-type";
+        raw(
+            stack.address,
+            &format!("{line} HTTP/1.1\r\nHost: h\r\nOrigin: {origin}\r\n{more}\r\n\r\n"),
+        )
+    };
+    let allowed = "Access-Control-Allow-Origin: https://shop.example";
+    let preflight = send("OPTIONS /api/movies/1", "https://shop.example");
+    assert_eq!(status_of(&preflight), "204", "{preflight}");
+    assert!(preflight.contains(allowed) && preflight.contains("Access-Control-Allow-Methods"));
+    for line in ["GET /nothing", "GET /api/movies", "POST /health"] {
+        let answer = send(line, "https://shop.example");
+        assert!(answer.contains(allowed), "{line}: {answer}");
+        assert!(answer.contains("Access-Control-Expose-Headers: Location, ETag"), "{answer}");
+        let other = send(line, "https://other.example");
+        assert!(!other.contains("Access-Control"), "{line}: {other}");
+        assert!(other.contains("Vary: Origin"), "{line}: {other}");
+    }
 }

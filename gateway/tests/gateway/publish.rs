@@ -1,4 +1,4 @@
-//! Orders at the door and on the queue, with a real broker.
+//! Publishing orders, with a real broker.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use chassis::testing::{TestVhost, eventually, management_api, test_var};
 use serde_json::{Value, json};
 
-use harness::proxy::{Mode, Proxy};
+use harness::proxy::{Mode, TcpProxy};
 use harness::{Service, Stack, agent, post};
 
 const ORDER: &str = r#"{ "user_id": "20", "number_of_items": 99, "total_amount": 29.90 }"#;
@@ -28,7 +28,7 @@ fn gateway_with(settings: &[(&str, &str)]) -> (Stack, Service, TestVhost) {
     for (name, value) in settings {
         stack.set(name, value);
     }
-    // Nobody consumes: what is published can be looked at.
+    // There is no consumer, so the published messages stay in the queue.
     let service = stack.start_and_wait("gateway");
     connected(&stack);
     (stack, service, vhost)
@@ -64,8 +64,8 @@ fn queued(vhost: &TestVhost) -> Vec<Value> {
 fn a_200_means_one_persistent_message_with_all_its_properties() {
     let (stack, _gateway, vhost) = gateway();
     for path in ["/api/billing", "/api/billing/"] {
-        let (status, told) = post(&agent(), &stack.url(path), ORDER).unwrap();
-        assert_eq!((status, &told["message"]), (200, &json!("Message posted")));
+        let (status, answer) = post(&agent(), &stack.url(path), ORDER).unwrap();
+        assert_eq!((status, &answer["message"]), (200, &json!("Message posted")));
         let messages = queued(&vhost);
         assert_eq!(messages.len(), 1);
         let (message, properties) = (&messages[0], &messages[0]["properties"]);
@@ -73,7 +73,7 @@ fn a_200_means_one_persistent_message_with_all_its_properties() {
             message["payload"],
             r#"{"user_id":"20","number_of_items":99,"total_amount":29.90}"#
         );
-        assert_eq!(properties["message_id"], told["id"]);
+        assert_eq!(properties["message_id"], answer["id"]);
         assert_eq!(properties["delivery_mode"], 2);
         assert_eq!(properties["content_type"], "application/json");
         assert_eq!(properties["app_id"], "gateway");
@@ -92,9 +92,9 @@ fn a_repeat_with_the_same_key_has_the_same_message_id() {
             .send(body)
             .unwrap();
         let text = answer.body_mut().read_to_string().unwrap();
-        let told: Value = serde_json::from_str(&text).unwrap();
-        assert_eq!(answer.status(), 200, "{told}");
-        told["id"].clone()
+        let body: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(answer.status(), 200, "{body}");
+        body["id"].clone()
     };
     let first = id("\"k-1\"", ORDER);
     assert_eq!(id("k-1", ORDER), first);
@@ -103,7 +103,7 @@ fn a_repeat_with_the_same_key_has_the_same_message_id() {
 }
 
 #[test]
-fn what_billing_would_refuse_is_refused_at_the_door_and_nothing_is_queued() {
+fn an_order_that_billing_would_refuse_is_refused_and_not_queued() {
     let (stack, _gateway, vhost) = gateway();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../billing/messages");
     let mut seen = [0, 0];
@@ -114,12 +114,12 @@ fn what_billing_would_refuse_is_refused_at_the_door_and_nothing_is_queued() {
         let name = file.file_name().unwrap().to_string_lossy().into_owned();
         let body = fs::read_to_string(&file).unwrap();
         let refused = name.starts_with("invalid");
-        let (status, told) = post(&agent(), &stack.url("/api/billing"), &body).unwrap();
+        let (status, answer) = post(&agent(), &stack.url("/api/billing"), &body).unwrap();
         if refused {
-            assert!([400, 422].contains(&status), "{name}: {status} {told}");
-            assert_eq!(told["detail"], told["error"], "{name}");
+            assert!([400, 422].contains(&status), "{name}: {status} {answer}");
+            assert_eq!(answer["detail"], answer["error"], "{name}");
         } else {
-            assert_eq!(status, 200, "{name}: {told}");
+            assert_eq!(status, 200, "{name}: {answer}");
         }
         assert_eq!(queued(&vhost).len(), usize::from(!refused), "{name}");
         seen[usize::from(refused)] += 1;
@@ -136,8 +136,8 @@ fn an_order_may_have_16_kib_and_no_more() {
     };
     let send = |length| post(&agent(), &stack.url("/api/billing"), &order(length)).unwrap();
     assert_eq!(send(16 << 10).0, 200);
-    let (status, told) = send((16 << 10) + 1);
-    assert_eq!((status, &told["detail"]), (413, &json!("an order may have at most 16384 bytes")));
+    let (status, answer) = send((16 << 10) + 1);
+    assert_eq!((status, &answer["detail"]), (413, &json!("an order may have at most 16384 bytes")));
     assert_eq!(queued(&vhost).len(), 1);
 }
 
@@ -164,7 +164,7 @@ fn a_body_of_another_type_is_a_415_with_a_hint_and_none_is_taken_as_json() {
 }
 
 #[test]
-fn a_header_that_could_mean_two_things_is_refused() {
+fn a_repeated_header_is_400() {
     let (stack, _gateway, vhost) = gateway();
     for (first, second) in [
         ("Idempotency-Key: a", "Idempotency-Key: b"),
@@ -189,9 +189,9 @@ fn while_the_broker_is_away_an_order_is_a_503_at_once_and_later_a_200_again() {
     stack.set("RABBITMQ_VHOST", "not-yet");
     let mut gateway = stack.start_and_wait("gateway");
     let begun = Instant::now();
-    let (status, told) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
-    assert_eq!(status, 503, "{told}");
-    assert_eq!(told["detail"], "the message broker is not available");
+    let (status, answer) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
+    assert_eq!(status, 503, "{answer}");
+    assert_eq!(answer["detail"], "the message broker is not available");
     assert!(begun.elapsed() < Duration::from_secs(2));
     assert!(gateway.child.try_wait().unwrap().is_none(), "{}", gateway.log());
     drop(gateway);
@@ -204,7 +204,7 @@ fn while_the_broker_is_away_an_order_is_a_503_at_once_and_later_a_200_again() {
 }
 
 #[test]
-fn connections_cut_by_the_broker_under_load_lose_no_confirmed_order() {
+fn connections_closed_by_the_broker_under_load_lose_no_confirmed_order() {
     let (stack, _gateway, vhost) = gateway();
     let ending = Arc::new(AtomicBool::new(false));
     let clients: Vec<_> = (0..4)
@@ -220,11 +220,11 @@ fn connections_cut_by_the_broker_under_load_lose_no_confirmed_order() {
                     let user = format!("{client}-{order}");
                     match post(&agent, &url, &order_of(&user)).unwrap() {
                         (200, _) => confirmed.push(user),
-                        (503, told) => {
-                            assert_eq!(told["status"], 503, "{told}");
+                        (503, answer) => {
+                            assert_eq!(answer["status"], 503, "{answer}");
                             refused += 1;
                         }
-                        (status, told) => panic!("{status}: {told}"),
+                        (status, answer) => panic!("{status}: {answer}"),
                     }
                 }
                 (confirmed, refused)
@@ -270,8 +270,8 @@ fn a_deleted_queue_costs_a_503_and_is_declared_anew() {
         &format!("queues/{}/{}", vhost.name, test_var("RABBITMQ_QUEUE")),
         None,
     );
-    let (status, told) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
-    assert_eq!(status, 503, "an order that no queue took: {told}");
+    let (status, answer) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
+    assert_eq!(status, 503, "an order that no queue took: {answer}");
     eventually("orders are taken again", 10, || {
         let (status, _) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
         (status == 200).then_some(())
@@ -280,7 +280,7 @@ fn a_deleted_queue_costs_a_503_and_is_declared_anew() {
 }
 
 #[test]
-fn two_hundred_clients_at_once_are_all_confirmed_also_sixteen_at_a_time() {
+fn two_hundred_clients_at_once_are_confirmed_also_with_sixteen_in_flight() {
     for most in ["192", "16"] {
         let (stack, _gateway, vhost) = gateway_with(&[("GATEWAY_PUBLISH_MAX_IN_FLIGHT", most)]);
         let clients: Vec<_> = (0..200)
@@ -290,17 +290,17 @@ fn two_hundred_clients_at_once_are_all_confirmed_also_sixteen_at_a_time() {
             })
             .collect();
         for client in clients {
-            let (status, told) = client.join().unwrap();
-            assert_eq!(status, 200, "{most} at a time: {told}");
+            let (status, answer) = client.join().unwrap();
+            assert_eq!(status, 200, "{most} at a time: {answer}");
         }
         assert_eq!(queued(&vhost).len(), 200);
     }
 }
 
 #[test]
-fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
+fn an_order_reported_as_not_sent_is_never_published() {
     let broker = format!("{}:{}", test_var("RABBITMQ_HOST"), test_var("RABBITMQ_PORT"));
-    let proxy = Proxy::start(broker.parse().unwrap());
+    let proxy = TcpProxy::start(broker.parse().unwrap());
     let (stack, _gateway, vhost) = gateway_with(&[
         ("RABBITMQ_HOST", &proxy.address.ip().to_string()),
         ("RABBITMQ_PORT", &proxy.address.port().to_string()),
@@ -309,8 +309,8 @@ fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
     ]);
     let url = stack.url("/api/billing");
     let order = move |user: &str| {
-        let (status, told) = post(&agent(), &url, &order_of(user)).unwrap();
-        (status, told["detail"].as_str().unwrap_or_default().to_owned())
+        let (status, answer) = post(&agent(), &url, &order_of(user)).unwrap();
+        (status, answer["detail"].as_str().unwrap_or_default().to_owned())
     };
     // Each piece of a message takes so long, and its confirm too.
     proxy.set(Mode::Delay(Duration::from_secs(2)));
@@ -324,13 +324,16 @@ fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
     // Behind one that was not confirmed for so long the next is not let in.
     let too_many = "too many orders wait for the message broker";
     assert_eq!(order("four"), (503, too_many.to_owned()));
-    let told: Vec<_> =
+    let answer: Vec<_> =
         clients.into_iter().map(|(user, client)| (user, client.join().unwrap())).collect();
     let (confirmed, unsent): (Vec<_>, Vec<_>) =
-        told.iter().partition(|(_, (status, _))| *status == 200);
-    assert_eq!(confirmed.len(), 1, "{told:?}");
-    for (_, (status, told)) in unsent {
-        assert!(*status == 503 && (told.ends_with("was not sent") || told == too_many), "{told}");
+        answer.iter().partition(|(_, (status, _))| *status == 200);
+    assert_eq!(confirmed.len(), 1, "{answer:?}");
+    for (_, (status, answer)) in unsent {
+        assert!(
+            *status == 503 && (answer.ends_with("was not sent") || answer == too_many),
+            "{answer}"
+        );
     }
 
     proxy.set(Mode::Pass);
@@ -339,5 +342,61 @@ fn an_order_of_which_it_is_told_that_it_was_not_sent_never_comes() {
     came.sort();
     let mut expected = [confirmed[0].0, "five"];
     expected.sort();
-    assert_eq!(came, expected, "{told:?}");
+    assert_eq!(came, expected, "{answer:?}");
+}
+
+#[test]
+fn the_same_idempotency_key_with_another_body_is_422_and_not_queued() {
+    let (stack, _gateway, vhost) = gateway();
+    let send = |key: &str, amount: &str| {
+        let body = format!(r#"{{"user_id":"7","number_of_items":1,"total_amount":{amount}}}"#);
+        let mut answer = agent()
+            .post(stack.url("/api/billing"))
+            .header("Idempotency-Key", key)
+            .send(body)
+            .unwrap();
+        let text = answer.body_mut().read_to_string().unwrap();
+        (answer.status().as_u16(), serde_json::from_str::<Value>(&text).unwrap())
+    };
+    let (status, first) = send("k", "1");
+    assert_eq!(status, 200, "{first}");
+    let (status, problem) = send("k", "2");
+    assert_eq!(status, 422, "{problem}");
+    assert_eq!(problem["errors"][0]["field"], "Idempotency-Key");
+    let (status, again) = send("k", "1");
+    assert_eq!((status, &again["id"]), (200, &first["id"]));
+    assert_eq!(send("other", "2").0, 200);
+    assert_eq!(
+        queued(&vhost).len(),
+        3,
+        "the first order, its repetition, and that of the other key"
+    );
+}
+
+#[test]
+fn orders_are_published_to_a_queue_that_exists_in_another_form() {
+    for arguments in [json!({ "x-queue-type": "quorum" }), json!({ "x-max-length": 1000 })] {
+        let vhost = TestVhost::new();
+        let path = format!("queues/{}/{}", vhost.name, test_var("RABBITMQ_QUEUE"));
+        let body = json!({ "durable": true, "arguments": arguments });
+        management_api("PUT", &path, Some(body));
+        let mut stack = Stack::new();
+        stack.set("RABBITMQ_VHOST", &vhost.name);
+        let service = stack.start_and_wait("gateway");
+        let (status, body) = post(&agent(), &stack.url("/api/billing"), ORDER).unwrap();
+        assert_eq!(status, 200, "{body}");
+        assert!(service.log().contains("exists in another form"), "{}", service.log());
+    }
+}
+
+#[test]
+fn readiness_says_that_the_broker_refuses_the_login() {
+    let mut stack = Stack::new();
+    stack.set("GATEWAY_RABBITMQ_PASSWORD", "not the password");
+    let _gateway = stack.start_and_wait("gateway");
+    eventually("the reason", 20, || {
+        let mut answer = agent().get(stack.url("/health/ready")).call().ok()?;
+        let text = answer.body_mut().read_to_string().ok()?;
+        text.contains("the broker refuses the login").then_some(())
+    });
 }

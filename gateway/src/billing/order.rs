@@ -1,17 +1,18 @@
-//! An order as it comes in at the door: what it must say, and the id it gets.
+//! An order: its rules, and the id of its message.
 //!
-//! Billing applies the same rules to what comes out of the queue, because anybody
-//! may publish there; `billing/messages/` holds examples that both are tested with.
+//! Billing applies the same rules to messages of the queue, because any client may publish there;
+//! both are tested with the examples in `billing/messages/`, and the fuzzer holds them against each
+//! other.
 
-use chassis::decimal;
+use chassis::decimal::{self, Cents};
 use chassis::problem::Problem;
 use chassis::request;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use uuid::{Uuid, uuid};
 
-/// Names made from idempotency keys live in this namespace (RFC 9562 section 5.5).
-const KEYS: Uuid = uuid!("0a4d1f1e-52a4-4f0f-9a3b-6f1c5ee0c2b7");
+/// The namespace of ids that are made from idempotency keys (RFC 9562 section 5.5).
+const IDEMPOTENCY_NAMESPACE: Uuid = uuid!("0a4d1f1e-52a4-4f0f-9a3b-6f1c5ee0c2b7");
 
 const USER_ID_RULE: &str = "must be a string of 1 to 255 characters without U+0000, or a number";
 const NUMBER_OF_ITEMS_RULE: &str =
@@ -19,23 +20,23 @@ const NUMBER_OF_ITEMS_RULE: &str =
 const TOTAL_AMOUNT_RULE: &str =
     "must be from 0 to 999999999999.99 with at most two decimals, as a number or a string";
 
-/// The largest amount, in cents: what `numeric(14, 2)` holds.
-const TOTAL_AMOUNT_MAX: i64 = 99_999_999_999_999;
+/// The largest amount: what `numeric(14, 2)` holds.
+const TOTAL_AMOUNT_MAX: Cents = Cents(99_999_999_999_999);
 
-/// The largest body of an order, in bytes. Of orders a thousand are in billing's memory at a
-/// time, fields that nobody knows included.
-pub const MAX_BYTES: usize = 16 << 10;
+/// The largest body of an order, in bytes, unknown fields included: billing has about two thousand
+/// orders in memory at a time.
+pub const MAX_ORDER_BYTES: usize = 16 << 10;
 
-/// An order that keeps the rules.
+/// A valid order.
 #[derive(Debug)]
 pub struct Order {
-    /// What goes on the queue: the body without the white space between its tokens.
+    /// The body of its message: the request's body without white space between its tokens.
     pub body: String,
     user_id: String,
 }
 
 #[derive(Deserialize)]
-struct Fields<'b> {
+struct RawOrder<'b> {
     #[serde(borrow)]
     user_id: Option<&'b RawValue>,
     #[serde(borrow)]
@@ -45,19 +46,19 @@ struct Fields<'b> {
 }
 
 impl Order {
-    /// Reads a body: 400 when it is not JSON, 422 with one entry for each field that breaks its rule.
+    /// Parses a body: 400 when it is not JSON, 422 with one entry for each invalid field.
     pub fn parse(text: &str) -> Result<Order, Problem> {
-        let fields: Fields<'_> = request::json_object(text)?;
-        let mut broken = Vec::new();
+        let fields: RawOrder<'_> = request::json_object(text)?;
+        let mut invalid = Vec::new();
         let mut check =
             |field: &str, value: Option<&RawValue>, holds: fn(&str) -> bool, rule: &str| {
                 let Some(value) = value else {
-                    broken.push((field.to_owned(), "is required".to_owned()));
+                    invalid.push((field.to_owned(), "is required".to_owned()));
                     return None;
                 };
                 let kept = decimal::string_or_number(value).ok().filter(|text| holds(text));
                 if kept.is_none() {
-                    broken.push((field.to_owned(), rule.to_owned()));
+                    invalid.push((field.to_owned(), rule.to_owned()));
                 }
                 kept
             };
@@ -65,17 +66,17 @@ impl Order {
         check("number_of_items", fields.number_of_items, is_number_of_items, NUMBER_OF_ITEMS_RULE);
         check("total_amount", fields.total_amount, is_total_amount, TOTAL_AMOUNT_RULE);
         match user_id {
-            Some(user_id) if broken.is_empty() => Ok(Order { body: compact(text), user_id }),
-            _ => Err(Problem::unprocessable(broken)),
+            Some(user_id) if invalid.is_empty() => Ok(Order { body: minify(text), user_id }),
+            _ => Err(Problem::unprocessable(invalid)),
         }
     }
 
-    /// The message's id: a new one (UUIDv7), or the one that this user's key always gives (UUIDv5).
+    /// The message's id: a new one (UUIDv7), or the one of this user and key, the same each time (UUIDv5).
     pub fn message_id(&self, key: Option<&str>) -> String {
         let id = match key {
             Some(key) => {
-                // A user id has no U+0000: two pairs never make the same name.
-                Uuid::new_v5(&KEYS, format!("{}\0{key}", self.user_id).as_bytes())
+                // A user id contains no U+0000, so two different pairs never give the same name.
+                Uuid::new_v5(&IDEMPOTENCY_NAMESPACE, format!("{}\0{key}", self.user_id).as_bytes())
             }
             None => Uuid::now_v7(),
         };
@@ -88,7 +89,7 @@ pub fn idempotency_key(header: &str) -> Result<String, Problem> {
     let inner = header.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
     let key = inner.unwrap_or(header);
     let printable = key.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    // In quotes a backslash would begin an escape, so neither it nor a quote is served.
+    // In quotes a backslash begins an escape: neither it nor a quote is supported.
     let plain = !key.contains('"') && (inner.is_none() || !key.contains('\\'));
     if printable && plain && (1..=255).contains(&key.len()) {
         Ok(key.to_owned())
@@ -106,11 +107,11 @@ fn is_number_of_items(text: &str) -> bool {
 }
 
 fn is_total_amount(text: &str) -> bool {
-    decimal::parse_cents(text).is_some_and(|cents| cents <= TOTAL_AMOUNT_MAX)
+    Cents::parse(text).is_some_and(|cents| cents <= TOTAL_AMOUNT_MAX)
 }
 
-/// Leaves out the white space between tokens; everything else stays as it is spelled.
-fn compact(json: &str) -> String {
+/// Removes the white space between tokens; everything else stays as it is written.
+fn minify(json: &str) -> String {
     let (mut in_string, mut escaped) = (false, false);
     json.chars()
         .filter(|letter| {
@@ -142,12 +143,12 @@ mod tests {
     #[test]
     fn every_broken_field_is_named() {
         let problem = Order::parse(r#"{"user_id":"","number_of_items":-1,"total_amount":1.005}"#);
-        let told = problem.unwrap_err().to_string();
+        let answer = problem.unwrap_err().to_string();
         for field in ["user_id must", "number_of_items must", "total_amount must"] {
-            assert!(told.contains(field), "{told}");
+            assert!(answer.contains(field), "{answer}");
         }
-        let told = Order::parse(r#"{"user_id":1}"#).unwrap_err().to_string();
-        assert_eq!(told, "number_of_items is required; total_amount is required");
+        let answer = Order::parse(r#"{"user_id":1}"#).unwrap_err().to_string();
+        assert_eq!(answer, "number_of_items is required; total_amount is required");
     }
 
     #[test]
