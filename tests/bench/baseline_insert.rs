@@ -7,7 +7,8 @@
 use std::time::Instant;
 
 use billing::order::Order;
-use billing::store::{Entry, Store};
+use billing::store::{BookingEntry, Store};
+use chassis::decimal::Cents;
 use chassis::{Env, db};
 use serde_json::json;
 use uuid::Uuid;
@@ -28,13 +29,13 @@ fn main() -> anyhow::Result<()> {
         let size = batch.min(orders - booked);
         let made = (booked..booked + size).map(|number| {
             let order =
-                Order { user_id: number.to_string(), number_of_items: 5, total_cents: 18_000 };
+                Order { user_id: number.to_string(), number_of_items: 5, total: Cents(18_000) };
             (Uuid::now_v7().to_string(), order)
         });
         let made: Vec<(String, Order)> = made.collect();
         let entries = made
             .iter()
-            .map(|(id, order)| Entry { message_id: Some(id), order })
+            .map(|(id, order)| BookingEntry { message_id: Some(id), order })
             .enumerate()
             .collect::<Vec<_>>();
         let mut booking = store.begin()?;

@@ -77,9 +77,9 @@ fn main() -> anyhow::Result<()> {
     ensure!(latencies.len() as u64 == sent, "{} of {sent} are confirmed", latencies.len());
     latencies.sort_unstable();
     let at = |share: usize| latencies[(latencies.len() - 1) * share / 100].as_secs_f64() * 1e3;
-    let told = json!({
+    let result = json!({
         "requests": sent, "seconds": seconds, "errors": 0, "p50": at(50), "p99": at(99),
     });
-    println!("{told}");
+    println!("{result}");
     Ok(())
 }

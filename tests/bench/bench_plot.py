@@ -109,13 +109,13 @@ def plot(items):
 
 
 def publish(results):
-    """Puts the picture beside this script and the table into the README."""
+    """Puts the picture beside this script and the table into docs/costs.md."""
     items = {int(number): item for number, item in results["items"].items()}
     (ROOT / "tests/bench/bench.svg").write_text(plot(items))
-    readme = ROOT / "README.md"
+    readme = ROOT / "docs/costs.md"
     begin, marked, rest = readme.read_text().partition("<!-- provision/bench --plot -->\n")
     _, marked_end, end = rest.partition("<!-- end -->\n")
     if not (marked and marked_end):
-        sys.exit("README.md has no place for the table")
+        sys.exit("docs/costs.md has no place for the table")
     readme.write_text(begin + marked + f"\n{results['machine']}:\n\n" + "\n".join(table(items, "| ", " | ")) + "\n\n" + marked_end + end)
-    print("tests/bench/bench.svg and README.md are up to date")
+    print("tests/bench/bench.svg and docs/costs.md are up to date")

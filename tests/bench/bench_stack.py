@@ -264,16 +264,16 @@ class Stack:
         sampler = threading.Thread(target=sample)
         sampler.start()
         try:
-            told = work()
+            measured = work()
         finally:
             ended.set()
             sampler.join()
-        done = max(1, told["requests"] - told["errors"])
-        told["rate"] = done / told["seconds"]
-        told["cpu"] = {"client": (client_cpu() - client) * 1e6 / done}
-        told["cpu"] |= {part: (cpu(self.pids[part]) - before[part]) * 1e6 / done for part in parts}
-        told["memory"] = {part: kib(self.pids[part], "status", "VmHWM") << 10 if part in own else peaks[part] for part in parts}
-        return told
+        done = max(1, measured["requests"] - measured["errors"])
+        measured["rate"] = done / measured["seconds"]
+        measured["cpu"] = {"client": (client_cpu() - client) * 1e6 / done}
+        measured["cpu"] |= {part: (cpu(self.pids[part]) - before[part]) * 1e6 / done for part in parts}
+        measured["memory"] = {part: kib(self.pids[part], "status", "VmHWM") << 10 if part in own else peaks[part] for part in parts}
+        return measured
 
     def wrk(self, service, connections, kind, rows, parts):
         threads = min(2, connections)

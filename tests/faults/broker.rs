@@ -1,18 +1,18 @@
-//! RabbitMQ is hurt while orders are published and consumed.
+//! Faults of RabbitMQ while orders are published and consumed.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use amiquip::{AmqpProperties, Channel, Exchange, Publish, QueueDeleteOptions};
 use chassis::Env;
-use chassis::testing::{eventually, management_api, test_var};
+use chassis::testing::{eventually, management_api, test_var, vhost_path};
+use harness::load::{RECOVERY_S, Workload};
 use serde_json::Value;
 
 use crate::database::LOCKED as DATABASE_LOCKED;
-use crate::load::{Load, RECOVERY, What};
 use crate::outage::{Fault, case, outage};
 use crate::platform::{Platform, Program, wait_until};
-use crate::{Case, Finds, Outcome, Run};
+use crate::{Case, ExpectedFinding, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
     case(&KILLED, |run| outage(run, &KILLED)),
@@ -24,35 +24,35 @@ pub(crate) const CASES: &[Case] = &[
     case(&NEVER_ANSWERS, |run| outage(run, &NEVER_ANSWERS)),
     Case {
         name: "broker-queue-purged",
-        control: "the broker's count of what was purged",
-        finds: Finds::Loss,
+        control: "the broker's count of purged messages",
+        expects: ExpectedFinding::LostOrDuplicated,
         short: true,
         run: queue_purged,
     },
     Case {
         name: "broker-queue-deleted",
-        control: "the broker's count of what was deleted",
-        finds: Finds::Loss,
+        control: "the broker's count of deleted messages",
+        expects: ExpectedFinding::LostOrDuplicated,
         short: true,
         run: queue_deleted,
     },
     Case {
         name: "broker-without-policy",
-        control: "billing's own way to the dead letters: a consumer that rejects",
-        finds: Finds::Fault("bad ones are in the dead letters"),
+        control: "billing's own publishing of dead letters: a billing that loses them",
+        expects: ExpectedFinding::Text("invalid messages are dead letters"),
         short: true,
         run: without_policy,
     },
     Case {
         name: "billing-crash-loops",
-        control: "the acknowledgement after the commit: a consumer that has acknowledged before",
-        finds: Finds::Loss,
+        control: "the acknowledgement after the commit: a billing that acknowledges on delivery",
+        expects: ExpectedFinding::LostOrDuplicated,
         short: true,
         run: crash_loop,
     },
 ];
 
-/// Those that lose nothing which was acknowledged.
+/// The faults that lose no acknowledged order.
 pub(crate) const FAULTS: &[&Fault] = &[
     &KILLED,
     &RESTARTED,
@@ -68,7 +68,7 @@ const BOTH: &[&str] = &["gateway", "billing"];
 const KILLED: Fault = Fault {
     name: "broker-killed",
     hold_ms: (500, 3_000),
-    unhurt: What::Movies,
+    unaffected: Workload::Movies,
     noticed_by: BOTH,
     logged: "",
     inject: |platform| {
@@ -80,7 +80,7 @@ const KILLED: Fault = Fault {
 const RESTARTED: Fault = Fault {
     name: "broker-restarted",
     hold_ms: (0, 3_000),
-    unhurt: What::Movies,
+    unaffected: Workload::Movies,
     noticed_by: BOTH,
     logged: "",
     inject: |platform| {
@@ -92,7 +92,7 @@ const RESTARTED: Fault = Fault {
 const STOPPED: Fault = Fault {
     name: "broker-stopped",
     hold_ms: (3_000, 20_000),
-    unhurt: What::Movies,
+    unaffected: Workload::Movies,
     noticed_by: BOTH,
     logged: "",
     inject: |platform| {
@@ -104,7 +104,7 @@ const STOPPED: Fault = Fault {
 const MEMORY_ALARM: Fault = Fault {
     name: "broker-memory-alarm",
     hold_ms: (500, 20_000),
-    unhurt: What::Movies,
+    unaffected: Workload::Movies,
     noticed_by: &["gateway"],
     logged: "",
     inject: |platform| {
@@ -116,7 +116,7 @@ const MEMORY_ALARM: Fault = Fault {
 const DISK_ALARM: Fault = Fault {
     name: "broker-disk-alarm",
     hold_ms: (500, 20_000),
-    unhurt: What::Movies,
+    unaffected: Workload::Movies,
     noticed_by: &["gateway"],
     logged: "",
     inject: |platform| {
@@ -125,13 +125,13 @@ const DISK_ALARM: Fault = Fault {
     },
 };
 
-/// Both logins are refused, and who is in is thrown out.
+/// Both logins are refused, and the open connections are closed.
 const PASSWORDS_CHANGED: Fault = Fault {
     name: "broker-passwords-changed",
     hold_ms: (1_000, 10_000),
-    unhurt: What::Movies,
+    unaffected: Workload::Movies,
     noticed_by: BOTH,
-    // Nobody could guess it from a service that only says "not available".
+    // "not available" would not say what an operator has to do.
     logged: "invalid credentials",
     inject: |platform| {
         for service in ["GATEWAY", "BILLING"] {
@@ -149,11 +149,11 @@ const PASSWORDS_CHANGED: Fault = Fault {
     },
 };
 
-/// It accepts connections and says nothing, from before the services start.
+/// It accepts connections and sends nothing, also to services that start.
 const NEVER_ANSWERS: Fault = Fault {
     name: "broker-never-answers",
     hold_ms: (1_000, 20_000),
-    unhurt: What::Movies,
+    unaffected: Workload::Movies,
     noticed_by: BOTH,
     logged: "",
     inject: |platform| {
@@ -165,164 +165,167 @@ const NEVER_ANSWERS: Fault = Fault {
     },
 };
 
-/// Every 150 ms it dies, with thousands of orders before it, which for the first deaths somebody
-/// keeps from being booked.
+/// Billing is killed every 150 ms with thousands of orders in the queue. During the first third of
+/// the kills a lock on the table keeps all of them from being booked.
 fn crash_loop(run: &mut Run<'_>) -> Outcome {
-    let (backlog, deaths) = run.either((8_000, 15), (80_000, 100));
-    let mut outcome = Outcome { faults: deaths, ..Outcome::default() };
+    let (backlog, kills) = run.short_or_long((8_000, 15), (80_000, 100));
+    let mut outcome = Outcome { faults: kills, ..Outcome::default() };
     if run.control {
-        run.platform.billing.replace(Program::Careless);
+        run.platform.billing().replace(Program::Mutant);
     } else {
         small_batches(run.platform, 2);
     }
     let platform = &*run.platform;
     platform.purge_dead_letters();
-    platform.billing.signal("STOP");
-    let orders = Load::start_limited(platform, What::Orders, &run.tag, 16, backlog);
-    orders.await_end(300);
-    let memory = platform.watch_memory();
-    let begin = platform.orders(&run.tag).len();
+    platform.billing().signal("STOP");
+    let orders = platform.start_limited_load(Workload::Orders, &run.tag, 16, backlog);
+    orders.wait_until_finished(300);
+    let memory = platform.sample_memory();
+    let booked_before = platform.orders(&run.tag).len();
     let mut lock = Some((DATABASE_LOCKED.inject)(platform));
-    for death in 0..deaths {
-        if death == deaths / 3
+    for kill in 0..kills {
+        if kill == kills / 3
             && let Some(unlock) = lock.take()
         {
             unlock(platform);
         }
-        let before = platform.billing.pid();
-        platform.billing.kill();
+        let before = platform.billing().pid();
+        platform.billing().kill();
         if !run.control {
-            eventually("billing consumes", RECOVERY, || {
-                let log = platform.billing.log();
-                (platform.billing.pid() != before && log.contains("consuming")).then_some(())
+            eventually("billing consumes", RECOVERY_S, || {
+                let log = platform.billing().log();
+                (platform.billing().pid() != before && log.contains("consuming")).then_some(())
             });
         }
         wait_until(Instant::now() + Duration::from_millis(150));
     }
-    let progress = platform.orders(&run.tag).len() - begin;
-    outcome.load = format!("{backlog} orders, {progress} meanwhile");
-    orders.settle(platform, &mut outcome);
+    let progress = platform.orders(&run.tag).len() - booked_before;
+    outcome.load = format!("{backlog} orders, {progress} booked meanwhile");
+    platform.reconcile(orders, &mut outcome);
     outcome.peak_memory = memory.peak();
     if !run.control && !(1..backlog).contains(&progress) {
-        outcome.wrong.push(format!("it booked {progress} of {backlog} while it died"));
+        outcome
+            .findings
+            .push(format!("billing booked {progress} of {backlog} while it was killed"));
     }
     let dead = platform.purge_dead_letters();
     if dead > 0 {
-        outcome.wrong.push(format!("{dead} good orders went to the dead letters"));
+        outcome.findings.push(format!("{dead} valid orders became dead letters"));
     }
     outcome
 }
 
-/// What an operator purges is gone, and every bit of it shows: in the ledger and in the metrics.
+/// Messages that an operator purges are lost, and the ledger and the metrics show exactly as many.
 fn queue_purged(run: &mut Run<'_>) -> Outcome {
-    let backlog = run.either(500, 20_000);
+    let backlog = run.short_or_long(500, 20_000);
     let mut outcome = Outcome { faults: 1, ..Outcome::default() };
     small_batches(run.platform, 10);
     let platform = &*run.platform;
     let missing = || {
         let confirmed = platform.metric("gateway", "broker_publishes_total{outcome=\"confirmed\"}");
-        let dealt_with = platform.metric("billing", "billing_messages_consumed_total");
-        confirmed as i64 - dealt_with as i64
+        let consumed = platform.metric("billing", "billing_messages_consumed_total");
+        confirmed as i64 - consumed as i64
     };
     let before = missing();
-    platform.billing.signal("STOP");
-    let orders = Load::start_limited(platform, What::Orders, &run.tag, 8, backlog);
-    orders.await_end(120);
-    let purged = by_hand(|channel, queue| channel.queue_purge(queue).unwrap());
-    platform.billing.signal("CONT");
+    platform.billing().signal("STOP");
+    let orders = platform.start_limited_load(Workload::Orders, &run.tag, 8, backlog);
+    orders.wait_until_finished(120);
+    let purged = as_operator(|channel, queue| channel.queue_purge(queue).unwrap());
+    platform.billing().signal("CONT");
     outcome.load = format!("{backlog} orders, {purged} purged");
-    orders.settle(platform, &mut outcome);
-    let seen = missing() - before;
-    if seen != i64::from(purged) {
-        outcome.wrong.push(format!("{purged} were purged, the metrics miss {seen}"));
+    platform.reconcile(orders, &mut outcome);
+    let counted = missing() - before;
+    if counted != i64::from(purged) {
+        outcome.findings.push(format!("{purged} messages were purged, the metrics show {counted}"));
     }
-    excuse(run, &mut outcome, purged as usize, 0);
-    let after = Load::start(platform, What::Orders, &format!("after-{}", run.tag), 2);
-    after.flows_again_after("the purge");
-    after.settle(platform, &mut outcome);
+    allow_removed(run, &mut outcome, purged as usize, 0);
+    let after = platform.start_load(Workload::Orders, &format!("after-{}", run.tag), 2);
+    after.wait_for_progress_after("the purge");
+    platform.reconcile(after, &mut outcome);
     outcome
 }
 
-/// The queue is made anew by whoever misses it first; what was in it is gone.
+/// The service that first misses the queue declares it again; the messages in it are lost.
 fn queue_deleted(run: &mut Run<'_>) -> Outcome {
     const CLIENTS: usize = 8;
-    let times = run.either(4, 20);
+    let times = run.short_or_long(4, 20);
     let mut outcome = Outcome { faults: times, ..Outcome::default() };
     small_batches(run.platform, 10);
     let platform = &*run.platform;
-    let orders = Load::start(platform, What::Orders, &run.tag, CLIENTS);
+    let orders = platform.start_load(Workload::Orders, &run.tag, CLIENTS);
     let mut deleted = 0;
     for time in 0..times {
-        orders.flows_again_after("the queue was deleted");
-        // With something in it, and the other times mostly empty.
+        orders.wait_for_progress_after("the queue was deleted");
+        // With orders in it once in four times, otherwise mostly empty.
         let full = time % 4 == 0;
         if full {
-            platform.billing.signal("STOP");
-            orders.flows_again_after("billing was stopped");
+            platform.billing().signal("STOP");
+            orders.wait_for_progress_after("billing was stopped");
             let before = orders.acknowledged();
-            eventually("orders wait in the queue", RECOVERY, || {
+            eventually("orders wait in the queue", RECOVERY_S, || {
                 (orders.acknowledged() > before + 100).then_some(())
             });
         }
-        deleted += by_hand(|channel, queue| {
+        deleted += as_operator(|channel, queue| {
             channel.queue_delete(queue, QueueDeleteOptions::default()).unwrap() as usize
         });
         if full {
-            platform.billing.signal("CONT");
+            platform.billing().signal("CONT");
         }
     }
-    orders.flows_again_after("the queue was deleted");
+    orders.wait_for_progress_after("the queue was deleted");
     platform.wait_until_ready();
-    orders.settle(platform, &mut outcome);
-    // The broker confirms also what reaches a queue in the moment of its deletion, and does
-    // not count it: of each client at most the one order on its way.
-    let unsure = excuse(run, &mut outcome, deleted, times * CLIENTS);
-    outcome.load = format!("{deleted} deleted, {unsure} unsure");
+    platform.reconcile(orders, &mut outcome);
+    // The broker confirms, too, a message that arrives while the queue is being deleted, and does
+    // not count it as deleted. That can be the one order in flight of each client.
+    let uncounted = allow_removed(run, &mut outcome, deleted, times * CLIENTS);
+    outcome.load = format!("{deleted} deleted, {uncounted} uncounted");
     outcome
 }
 
-/// What the broker says the operator took away is not lost by us: that many, or up to `unsure`
-/// more; how many more. In the control nobody asks the broker.
-fn excuse(run: &Run<'_>, outcome: &mut Outcome, taken: usize, unsure: usize) -> usize {
+/// Takes from the lost orders those that the operator removed, by the broker's count, and up to
+/// `uncounted` more; returns how many more. The control does not.
+fn allow_removed(run: &Run<'_>, outcome: &mut Outcome, removed: usize, uncounted: usize) -> usize {
     if run.control {
         return 0;
     }
-    if unsure == 0 && outcome.lost != taken {
-        outcome.wrong.push(format!("{} are missing, the broker says {taken}", outcome.lost));
+    if uncounted == 0 && outcome.lost != removed {
+        let finding = format!("{} are missing, the broker removed {removed}", outcome.lost);
+        outcome.findings.push(finding);
     }
-    let more = outcome.lost.saturating_sub(taken).min(unsure);
-    outcome.lost = outcome.lost.saturating_sub(taken + more);
+    let more = outcome.lost.saturating_sub(removed).min(uncounted);
+    outcome.lost = outcome.lost.saturating_sub(removed + more);
     more
 }
 
-/// Without the policy nobody but billing itself brings the hopeless ones to the dead letters.
+/// Without the policy the broker makes no dead letters: billing publishes invalid messages itself.
 fn without_policy(run: &mut Run<'_>) -> Outcome {
-    let bad = run.either(50, 2_000);
-    let mut outcome = Outcome { load: format!("4 clients, {bad} bad"), ..Outcome::default() };
-    let _taken = TakenPolicy::new();
+    let invalid = run.short_or_long(50, 2_000);
+    let mut outcome = Outcome::new(format!("4 clients, {invalid} invalid"));
+    let _removed = RemovedPolicy::new();
     if run.control {
-        run.platform.billing.replace(Program::Careless);
+        run.platform.billing().replace(Program::Mutant);
     }
     let platform = &*run.platform;
     platform.purge_dead_letters();
-    let orders = Load::start(platform, What::Orders, &run.tag, 4);
-    let sent: HashSet<String> = (0..bad).map(|n| format!("{}/bad-{n}", run.tag)).collect();
-    by_hand(|channel, queue| {
+    let orders = platform.start_load(Workload::Orders, &run.tag, 4);
+    let sent: HashSet<String> = (0..invalid).map(|n| format!("{}/invalid-{n}", run.tag)).collect();
+    as_operator(|channel, queue| {
         let exchange = Exchange::direct(channel);
         for (number, body) in sent.iter().enumerate() {
             let properties = AmqpProperties::default().with_delivery_mode(2);
             let publish = Publish::with_properties(body.as_bytes(), queue, properties);
             exchange.publish(publish).unwrap();
-            if number % (bad / 3 + 1) == 0 {
-                platform.billing.kill();
+            if number % (invalid / 3 + 1) == 0 {
+                platform.billing().kill();
                 outcome.faults += 1;
             }
         }
     });
-    orders.flows_again_after("bad ones came");
-    orders.settle(platform, &mut outcome);
-    // A kill between the copy and the acknowledgement leaves two copies.
-    let dead: HashSet<String> = by_hand(|channel, queue| {
+    orders.wait_for_progress_after("the invalid messages");
+    platform.reconcile(orders, &mut outcome);
+    // A set: a kill between the publishing of a dead letter and the acknowledgement leaves two.
+    let dead: HashSet<String> = as_operator(|channel, queue| {
         let dead = format!("{queue}.dead");
         let next = || channel.basic_get(&*dead, true).unwrap();
         std::iter::from_fn(next)
@@ -330,43 +333,44 @@ fn without_policy(run: &mut Run<'_>) -> Outcome {
             .collect()
     });
     if dead != sent {
-        outcome.wrong.push(format!("{} of {bad} bad ones are in the dead letters", dead.len()));
+        outcome
+            .findings
+            .push(format!("{} of {invalid} invalid messages are dead letters", dead.len()));
     }
     outcome
 }
 
-/// The policy of the dead letters, away until this is dropped, also when the case fails.
-struct TakenPolicy {
+/// Removes the policy of the dead letters until it is dropped, also by a panic.
+struct RemovedPolicy {
     path: String,
     policy: Value,
 }
 
-impl TakenPolicy {
-    fn new() -> TakenPolicy {
-        let vhost = test_var("RABBITMQ_VHOST").replace('/', "%2F");
-        let path = format!("policies/{vhost}/dead-letters");
+impl RemovedPolicy {
+    fn new() -> RemovedPolicy {
+        let path = format!("policies/{}/dead-letters", vhost_path());
         let policy = management_api("GET", &path, None);
         management_api("DELETE", &path, None);
-        TakenPolicy { path, policy }
+        RemovedPolicy { path, policy }
     }
 }
 
-impl Drop for TakenPolicy {
+impl Drop for RemovedPolicy {
     fn drop(&mut self) {
         management_api("PUT", &self.path, Some(self.policy.take()));
     }
 }
 
-/// Few messages in billing's hands at once, so that the rest is the broker's.
+/// Small batches, so that few messages are delivered to billing and the rest stay in the queue.
 fn small_batches(platform: &Platform, size: u32) {
     let mut stack = platform.stack.clone();
     stack.set("BILLING_BATCH_SIZE", size);
-    platform.billing.restart(&stack, Program::Real);
+    platform.billing().restart(&stack, Program::Real);
     platform.wait_until_ready();
 }
 
-/// What an operator does to the queue on a connection of their own.
-fn by_hand<T>(work: impl FnOnce(&Channel, &str) -> T) -> T {
+/// What an operator does to the queue, on a connection of the administrator.
+fn as_operator<T>(work: impl FnOnce(&Channel, &str) -> T) -> T {
     let mut env =
         Env::from_fn(|name| Some(test_var(&name.replace("OPERATOR_RABBITMQ", "RABBITMQ_ADMIN"))));
     let config = chassis::broker::Config::from_env(&mut env, "OPERATOR");

@@ -1,5 +1,5 @@
-//! Clients on bare sockets: slow ones by the thousand on one thread, and good ones
-//! beside them, whose answers are timed.
+//! Clients on plain sockets: thousands of slow ones on one thread, and well-behaved ones beside
+//! them, whose responses are timed.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -8,32 +8,36 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use harness::bodies;
 use socket2::{Domain, Socket, Type};
 
-/// How often each slow client does what it does.
-const TURN: Duration = Duration::from_millis(100);
+/// The interval at which each slow client sends or receives.
+const SLOW_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Slow clients that were shown out come back, so many of each kind a turn: they are to
-/// be slow, and no flood of connects.
-const RETURNS: usize = 3;
+/// Slow clients whose connection has stopped connect again: at most so many of each kind an interval,
+/// because they are to be slow and not a flood of connects.
+const RECONNECTS_PER_INTERVAL: usize = 3;
 
-/// What a stalled body has sent: much, because the server must keep it.
+/// The part of a stalled body that is sent; large, because the server must buffer it.
 static BODY: [u8; 60_000] = [b' '; 60_000];
 
-/// How often a good client asks before it gives up, and for how long.
-const TRIES: usize = 20;
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How often and for how long a well-behaved client repeats a request before it gives up.
+const MAX_ATTEMPTS: usize = 20;
+const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+
+/// The pause of a well-behaved client between two attempts and between two requests.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// How a client is slow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Slow {
-    /// Sends its head byte by byte.
+    /// Sends its request's head byte by byte.
     Header,
-    /// Sends the begin of its body and no more.
+    /// Sends the begin of its body and nothing more.
     Body,
-    /// Has connected, or has an answer, and says nothing.
+    /// Has connected, or received a response, and sends nothing.
     Idle,
-    /// Has asked for much and takes a little at a time.
+    /// Requests a large response and receives a little at a time.
     Reader,
 }
 
@@ -42,9 +46,9 @@ impl Slow {
 }
 
 /// Slow clients at work, until this is dropped.
-pub(crate) struct Crowd {
-    ending: Arc<AtomicBool>,
-    /// How many connections could not be begun.
+pub(crate) struct SlowClients {
+    stopping: Arc<AtomicBool>,
+    /// How many connections could not be started.
     failed: Arc<AtomicUsize>,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -53,70 +57,72 @@ struct SlowClient {
     kind: Slow,
     number: usize,
     stream: Option<TcpStream>,
-    turn: usize,
+    /// How often it has sent or received on its connection.
+    step: usize,
 }
 
-impl Crowd {
-    /// `each` clients of each of these kinds; `large` is the path whose answer is taken slowly.
-    pub(crate) fn start(target: SocketAddr, kinds: &[Slow], each: usize, large: &str) -> Crowd {
-        let ending = Arc::new(AtomicBool::new(false));
+impl SlowClients {
+    /// Starts `each` clients of each kind; `large` is the path whose response is received slowly.
+    pub(crate) fn start(
+        target: SocketAddr,
+        kinds: &[Slow],
+        each: usize,
+        large: &str,
+    ) -> SlowClients {
+        let stopping = Arc::new(AtomicBool::new(false));
         let clients = (0..each * kinds.len()).map(|number| SlowClient {
             kind: kinds[number % kinds.len()],
             number,
             stream: None,
-            turn: 0,
+            step: 0,
         });
         let mut clients: Vec<SlowClient> = clients.collect();
         let kinds = kinds.len();
         let failed = Arc::new(AtomicUsize::new(0));
-        let (ended, failures, large) = (Arc::clone(&ending), Arc::clone(&failed), large.to_owned());
+        let (stopped, failures, large) =
+            (Arc::clone(&stopping), Arc::clone(&failed), large.to_owned());
         let thread = thread::spawn(move || {
-            let mut returns = clients.len();
-            while !ended.load(Ordering::SeqCst) {
+            let mut reconnects = clients.len();
+            while !stopped.load(Ordering::SeqCst) {
                 for client in &mut clients {
-                    if client.take_turn(target, &large, &mut returns).is_err() {
+                    if client.act(target, &large, &mut reconnects).is_err() {
                         failures.fetch_add(1, Ordering::SeqCst);
                     }
                 }
-                returns = RETURNS * kinds;
-                thread::park_timeout(TURN);
+                reconnects = RECONNECTS_PER_INTERVAL * kinds;
+                thread::park_timeout(SLOW_INTERVAL);
             }
         });
-        Crowd { ending, failed, thread: Some(thread) }
+        SlowClients { stopping, failed, thread: Some(thread) }
     }
 
-    /// How many connections could not even be begun, for want of descriptors or ports.
+    /// How many connections could not be started, for lack of descriptors or ports.
     pub(crate) fn failed(&self) -> usize {
         self.failed.load(Ordering::SeqCst)
     }
 }
 
-impl Drop for Crowd {
+impl Drop for SlowClients {
     fn drop(&mut self) {
-        self.ending.store(true, Ordering::SeqCst);
+        self.stopping.store(true, Ordering::SeqCst);
         let _ = self.thread.take().map(thread::JoinHandle::join);
     }
 }
 
 impl SlowClient {
-    /// An error when it could not begin to connect.
-    fn take_turn(
-        &mut self,
-        target: SocketAddr,
-        large: &str,
-        returns: &mut usize,
-    ) -> io::Result<()> {
+    /// Connects, sends or receives once; an error when it could not start to connect.
+    fn act(&mut self, target: SocketAddr, large: &str, reconnects: &mut usize) -> io::Result<()> {
         let Some(stream) = &self.stream else {
-            if *returns > 0 {
-                *returns -= 1;
-                self.turn = 0;
+            if *reconnects > 0 {
+                *reconnects -= 1;
+                self.step = 0;
                 self.stream = Some(connect(target, self.number)?);
             }
             return Ok(());
         };
-        let done = self.act(stream, large);
-        self.turn += 1;
-        if done.is_err_and(|err| {
+        let result = self.exchange(stream, large);
+        self.step += 1;
+        if result.is_err_and(|err| {
             !matches!(err.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected)
         }) {
             self.stream = None;
@@ -124,12 +130,12 @@ impl SlowClient {
         Ok(())
     }
 
-    fn act(&self, mut stream: &TcpStream, large: &str) -> io::Result<()> {
-        let first = self.turn == 0;
+    fn exchange(&self, mut stream: &TcpStream, large: &str) -> io::Result<()> {
+        let first = self.step == 0;
         match self.kind {
             Slow::Header => {
                 let head = b"GET /health HTTP/1.1\r\nHost: slow\r\nX-Slow: ";
-                stream.write_all(&[head.get(self.turn).copied().unwrap_or(b'a')])?;
+                stream.write_all(&[head.get(self.step).copied().unwrap_or(b'a')])?;
             }
             Slow::Body if first => {
                 let head =
@@ -153,38 +159,38 @@ impl SlowClient {
     }
 }
 
-/// A non-blocking connection whose kernel takes little; from one of many addresses, so
-/// that ports do not run out.
+/// A non-blocking connection with a small receive buffer, from one of 200 addresses, so that ports
+/// do not run out.
 fn connect(target: SocketAddr, number: usize) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_recv_buffer_size(4096)?;
     socket
         .bind(&SocketAddr::from((Ipv4Addr::new(127, 0, 1, 1 + (number % 200) as u8), 0)).into())?;
     socket.set_nonblocking(true)?;
-    // EINPROGRESS, as a rule.
+    // Returns EINPROGRESS as a rule.
     let _ = socket.connect(&target.into());
     Ok(socket.into())
 }
 
-/// What good clients saw.
+/// What became of the requests of a well-behaved client.
 #[derive(Default)]
-pub(crate) struct Seen {
-    /// From the first try to the answer, in the order of time.
+pub(crate) struct ClientStats {
+    /// The time from the first attempt to the response, in the order of the requests.
     pub(crate) times: Vec<Duration>,
-    /// Tries that had to be repeated.
+    /// Attempts that had to be repeated.
     pub(crate) repeated: usize,
-    /// Requests that were given up, and the last that was told.
+    /// Requests that were given up, each as the last response or error.
     pub(crate) given_up: Vec<String>,
 }
 
-impl Seen {
-    /// The time within which so many of a hundred were answered.
+impl ClientStats {
+    /// The time within which this percentage of the requests was answered.
     pub(crate) fn percentile(&self, percent: usize) -> Duration {
         percentile(&self.times, percent)
     }
 }
 
-/// The time within which so many of a hundred are.
+/// The time that this percentage of `times` does not exceed.
 pub(crate) fn percentile(times: &[Duration], percent: usize) -> Duration {
     let mut times = times.to_vec();
     times.sort_unstable();
@@ -194,43 +200,41 @@ pub(crate) fn percentile(times: &[Duration], percent: usize) -> Duration {
         .unwrap_or_default()
 }
 
-/// Asks the same again and again until `until`, each time on a connection of its own.
-/// A 503 and a lost connection are repeated at once: that is what such a client does.
-pub(crate) fn good_client(target: SocketAddr, request: &[u8], until: Instant) -> Seen {
-    let mut seen = Seen::default();
+/// Sends the same request again and again until `until`, each time on a connection of its own. After
+/// a 503 or a lost connection it repeats the request, as a well-behaved client does.
+pub(crate) fn well_behaved_client(
+    target: SocketAddr,
+    request: &[u8],
+    until: Instant,
+) -> ClientStats {
+    let mut stats = ClientStats::default();
     while Instant::now() < until {
-        let begun = Instant::now();
-        let mut told = String::new();
-        let mut tries = (0..TRIES).take_while(|_| begun.elapsed() < PATIENCE);
-        let answered = tries.any(|_| match ask(target, request, PATIENCE) {
-            Ok(answer) if answer.status == 200 => true,
+        let started_at = Instant::now();
+        let mut last = String::new();
+        let mut attempts = (0..MAX_ATTEMPTS).take_while(|_| started_at.elapsed() < GIVE_UP_AFTER);
+        let answered = attempts.any(|_| match status_of(target, request, GIVE_UP_AFTER) {
+            Ok(200) => true,
             other => {
-                told = format!("{other:?}");
-                seen.repeated += 1;
-                thread::park_timeout(Duration::from_millis(5));
+                last = format!("{other:?}");
+                stats.repeated += 1;
+                thread::park_timeout(PAUSE);
                 false
             }
         });
         match answered {
-            true => seen.times.push(begun.elapsed()),
-            false => seen.given_up.push(told),
+            true => stats.times.push(started_at.elapsed()),
+            false => stats.given_up.push(last),
         }
-        thread::park_timeout(Duration::from_millis(5));
+        thread::park_timeout(PAUSE);
     }
-    seen
+    stats
 }
 
-/// An answer that came whole.
-#[derive(Debug)]
-pub(crate) struct Told {
-    pub(crate) status: u16,
-}
-
-/// Sends one request, which must ask for the end of its connection, and reads its answer;
-/// an error when that is not whole.
-pub(crate) fn ask(target: SocketAddr, request: &[u8], patience: Duration) -> io::Result<Told> {
-    let mut stream = TcpStream::connect_timeout(&target, patience)?;
-    stream.set_read_timeout(Some(patience))?;
+/// Sends one request, which must ask for the end of its connection; returns the status of the
+/// response, or an error when the response is not complete.
+pub(crate) fn status_of(target: SocketAddr, request: &[u8], timeout: Duration) -> io::Result<u16> {
+    let mut stream = TcpStream::connect_timeout(&target, timeout)?;
+    stream.set_read_timeout(Some(timeout))?;
     stream.write_all(request)?;
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes)?;
@@ -242,10 +246,10 @@ pub(crate) fn ask(target: SocketAddr, request: &[u8], patience: Duration) -> io:
     {
         return Err(ErrorKind::UnexpectedEof.into());
     }
-    Ok(Told { status })
+    Ok(status)
 }
 
-/// The status of a head, and the length that it announces.
+/// The status and the Content-Length of a response's head.
 pub(crate) fn read_head(head: &[u8]) -> io::Result<(u16, Option<usize>)> {
     let head = String::from_utf8_lossy(head);
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
@@ -256,21 +260,20 @@ pub(crate) fn read_head(head: &[u8]) -> io::Result<(u16, Option<usize>)> {
     Ok((status.ok_or(ErrorKind::InvalidData)?, length))
 }
 
-/// Where a text begins in another.
+/// The position of `wanted` in `bytes`.
 pub(crate) fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
     bytes.windows(wanted.len()).position(|window| window == wanted)
 }
 
-/// A request that asks for the end of its connection.
-pub(crate) fn get(path: &str) -> Vec<u8> {
+/// A GET that asks for the end of its connection.
+pub(crate) fn get_request(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nHost: good\r\nConnection: close\r\n\r\n").into_bytes()
 }
 
-/// An order of this user, on a connection that ends or stays.
-pub(crate) fn order(user: &str, stays: bool) -> Vec<u8> {
-    let body =
-        format!("{{\"user_id\":\"{user}\",\"number_of_items\":1,\"total_amount\":\"1.25\"}}");
-    let connection = if stays { "keep-alive" } else { "close" };
+/// A POST of an order of this user, on a connection that ends or stays open.
+pub(crate) fn order_request(user: &str, keep_alive: bool) -> Vec<u8> {
+    let body = bodies::order(user);
+    let connection = if keep_alive { "keep-alive" } else { "close" };
     format!(
         "POST /api/billing HTTP/1.1\r\nHost: good\r\nConnection: {connection}\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",

@@ -1,4 +1,4 @@
-//! PostgreSQL is hurt while orders are booked and movies are written.
+//! Faults of PostgreSQL while orders are booked and movies are written.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -9,11 +9,12 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use chassis::testing::process::signal;
 use chassis::testing::{eventually, test_var};
+use harness::load::Workload;
 use postgres::Client;
 
 use crate::Case;
-use crate::load::What;
 use crate::outage::{Fault, case, outage};
 use crate::platform::Platform;
 
@@ -46,7 +47,7 @@ const BILLING: &[&str] = &["billing"];
 const KILLED: Fault = Fault {
     name: "database-killed",
     hold_ms: (500, 3_000),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: BILLING,
     logged: "",
     inject: |platform| {
@@ -58,7 +59,7 @@ const KILLED: Fault = Fault {
 const RESTARTED: Fault = Fault {
     name: "database-restarted",
     hold_ms: (0, 3_000),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: BILLING,
     logged: "",
     inject: |platform| {
@@ -70,7 +71,7 @@ const RESTARTED: Fault = Fault {
 const STOPPED: Fault = Fault {
     name: "database-stopped",
     hold_ms: (2_000, 20_000),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: BILLING,
     logged: "",
     inject: |platform| {
@@ -79,20 +80,20 @@ const STOPPED: Fault = Fault {
     },
 };
 
-/// A session dies, as by the kernel's hand: PostgreSQL ends all the others and recovers.
+/// A session is killed, as by the kernel when memory is short: PostgreSQL ends all others and
+/// recovers.
 const SESSION_KILLED: Fault = Fault {
     name: "database-session-killed",
     hold_ms: (500, 3_000),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: &[],
     logged: "",
     inject: |platform| {
         let find = "select pid from pg_stat_activity where application_name = 'billing' limit 1";
         let mut admin = platform.connect("BILLING_DB_NAME");
         let pid: i32 = admin.query_one(find, &[]).unwrap().get(0);
-        let killed = Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap();
-        assert!(killed.success());
-        // Or it was no session of PostgreSQL's.
+        signal(pid as u32, "KILL").unwrap();
+        // Otherwise it was no session of PostgreSQL's.
         eventually("PostgreSQL ends all sessions", 10, || admin.batch_execute("select 1").err());
         Box::new(|platform| drop(platform.servers("start", &[])))
     },
@@ -101,18 +102,18 @@ const SESSION_KILLED: Fault = Fault {
 const SESSIONS_ENDED: Fault = Fault {
     name: "database-sessions-ended",
     hold_ms: (0, 0),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: &[],
     logged: "",
     inject: |platform| {
         let mut admin = platform.connect("BILLING_DB_NAME");
-        let mut hurt = HashSet::new();
+        let mut ended = HashSet::new();
         for _ in 0..20 {
-            hurt.extend(end_sessions(&mut admin));
+            ended.extend(end_sessions(&mut admin));
             thread::park_timeout(Duration::from_millis(100));
         }
-        // By another name they would go on unharmed, and the case would prove nothing.
-        assert_eq!(hurt, HashSet::from(["billing", "inventory"].map(str::to_owned)));
+        // Services with another application_name would keep their sessions.
+        assert_eq!(ended, HashSet::from(["billing", "inventory"].map(str::to_owned)));
         Box::new(|_| ())
     },
 };
@@ -120,7 +121,7 @@ const SESSIONS_ENDED: Fault = Fault {
 pub(crate) const LOCKED: Fault = Fault {
     name: "database-orders-locked",
     hold_ms: (4_000, 20_000),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: BILLING,
     logged: "",
     inject: |platform| {
@@ -130,12 +131,12 @@ pub(crate) const LOCKED: Fault = Fault {
     },
 };
 
-/// No connection is left for the services, and those they had are ended. By a limit on their
-/// roles, which gives the same error (53300) as a full server, at once.
+/// The services' sessions are ended and no new one is accepted. A limit on their roles gives the
+/// same error (53300) as a server without free connections, at once.
 const EXHAUSTED: Fault = Fault {
     name: "database-connections-gone",
     hold_ms: (1_000, 10_000),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: BILLING,
     logged: "too many connections",
     inject: |platform| {
@@ -152,11 +153,11 @@ const EXHAUSTED: Fault = Fault {
     },
 };
 
-/// As after a failover to a replica, or by an operator's hand.
+/// As after a failover to a replica, or when an operator sets it.
 const READ_ONLY: Fault = Fault {
     name: "database-read-only",
     hold_ms: (1_000, 10_000),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: BILLING,
     logged: "read-only transaction",
     inject: |platform| {
@@ -170,11 +171,11 @@ const READ_ONLY: Fault = Fault {
     },
 };
 
-/// The tables move to a small disk, which somebody fills.
+/// The tables are moved to a small disk, which is then filled.
 const DISK_FULL: Fault = Fault {
     name: "database-disk-full",
     hold_ms: (3_000, 10_000),
-    unhurt: What::Orders,
+    unaffected: Workload::Orders,
     noticed_by: &[],
     logged: "No space left on device",
     inject: |platform| {
@@ -200,7 +201,7 @@ const DISK_FULL: Fault = Fault {
         move_to(platform, "small");
         disk.fill();
         Box::new(move |platform| {
-            disk.make_room();
+            disk.free_space();
             move_to(platform, "pg_default");
             run(platform, "BILLING_DB_NAME", &["drop tablespace small".to_owned()]);
             drop(disk);
@@ -208,7 +209,7 @@ const DISK_FULL: Fault = Fault {
     },
 };
 
-/// Ends the sessions of the services, and tells whose they were.
+/// Ends the sessions of the services; returns their names.
 fn end_sessions(admin: &mut Client) -> Vec<String> {
     let end = "select application_name, pg_terminate_backend(pid) from pg_stat_activity
                where application_name in ('billing', 'inventory')";
@@ -216,13 +217,13 @@ fn end_sessions(admin: &mut Client) -> Vec<String> {
     rows.iter().filter(|row| row.get(1)).map(|row| row.get(0)).collect()
 }
 
-/// A disk in memory, for PostgreSQL's user alone.
+/// A disk in memory that only PostgreSQL's user may enter.
 struct SmallDisk {
     folder: PathBuf,
 }
 
 impl SmallDisk {
-    /// One on which the databases have little room left.
+    /// Mounts one that has 32 MiB more than the databases need.
     fn mount(platform: &Platform) -> SmallDisk {
         let mut admin = platform.connect("BILLING_DB_NAME");
         let row = admin
@@ -252,14 +253,14 @@ impl SmallDisk {
         self.folder.join("filler")
     }
 
-    /// Until it takes no byte more.
+    /// Fills it to the last byte.
     fn fill(&self) {
         let mut file = File::create(self.filler()).unwrap();
         while file.write_all(&[0; 1 << 16]).is_ok() {}
         while file.write_all(&[0]).is_ok() {}
     }
 
-    fn make_room(&self) {
+    fn free_space(&self) {
         std::fs::remove_file(self.filler()).unwrap();
     }
 }

@@ -1,29 +1,28 @@
-//! The fault campaign: everything is killed, cut, starved, flooded and fed garbage under
-//! load, and what the clients were told is held against the tables.
+//! The fault campaign: processes and servers are killed, stopped, cut off, starved and sent
+//! garbage under load. Then what the clients' ledger says is compared with the tables.
 //!
-//! Each case runs twice: once on the real services, where nothing may be lost or done
-//! twice, and once with a protection taken away (its control), where the same check must
-//! find what comes of that. A case whose control passes proves nothing, and fails.
+//! Each case runs twice. The first run is on the real services: nothing may be lost or done
+//! twice. The second run, its control, has one protection removed: the same check must find the
+//! consequence. A case whose control finds nothing proves nothing, and fails.
 //!
 //! `provision/local faults --help` runs it on servers of its own.
 
 mod broker;
-mod careless;
 mod clients;
+mod crashes;
+mod data_integrity;
 mod database;
-mod delivery;
-mod hosts;
-mod load;
+mod mutants;
 mod network;
 mod operations;
 mod outage;
 mod overload;
+mod partitions;
 mod platform;
 mod poison;
 mod retry;
-mod slow;
+mod slow_clients;
 mod soak;
-mod texts;
 mod upstream;
 
 use std::collections::hash_map::DefaultHasher;
@@ -34,21 +33,22 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use chassis::testing::process::signal;
 use platform::Platform;
 
 /// Every case, in the order in which they run.
 const CASES: &[&[Case]] = &[
-    delivery::CASES,
+    crashes::CASES,
     broker::CASES,
     database::CASES,
     retry::CASES,
-    slow::CASES,
+    slow_clients::CASES,
     upstream::CASES,
-    texts::CASES,
+    data_integrity::CASES,
     overload::CASES,
     soak::CASES,
     network::CASES,
-    hosts::CASES,
+    partitions::CASES,
     operations::CASES,
     poison::CASES,
 ];
@@ -57,116 +57,126 @@ const USAGE: &str = "\
 provision/local faults [CASE…] [--long] [--seed N] [--no-controls]
                        [--minutes N] [--list]
 
-  CASE           those whose name begins so; all of them otherwise
-  --long         more of everything: about an hour, without controls
-  --seed N       the same random choices as the run that printed N
-  --minutes N    how long the soak is, instead of 30 in the long form and two
-  --no-controls  without the runs that must fail";
+  CASE           the cases whose names begin so; without it all of this form
+  --long         all cases with higher numbers and release binaries: about an
+                 hour with --no-controls
+  --seed N       the same random choices as in the run that printed N
+  --minutes N    length of the soak; else 2, and 30 in the long form
+  --no-controls  without the runs on services with a protection removed
+  --list         the cases, each with what its control removes";
 
-/// One thing that is done to the platform, and what must hold.
+/// One kind of fault, and what must hold under it.
 pub(crate) struct Case {
-    /// What it is called on the command line and in the table.
+    /// Its name on the command line and in the table.
     pub(crate) name: &'static str,
-    /// What is taken away in its control.
+    /// Which protection its control removes, or which service it puts in the place of which.
     pub(crate) control: &'static str,
-    /// What its check must find then. Another fault would be a bad end of the control itself.
-    pub(crate) finds: Finds,
-    /// Whether the short form has it.
+    /// What the check must find in the control. Any other finding is an error of the control.
+    pub(crate) expects: ExpectedFinding,
+    /// Whether the short form runs it.
     pub(crate) short: bool,
-    /// Does it.
+    /// Runs it.
     pub(crate) run: fn(&mut Run<'_>) -> Outcome,
 }
 
-/// What is wrong without a protection.
-pub(crate) enum Finds {
-    /// Something is lost, or done twice.
-    Loss,
-    /// A fault with these words in it.
-    Fault(&'static str),
+/// What a control must find.
+pub(crate) enum ExpectedFinding {
+    /// An acknowledged thing is lost, or one is done twice.
+    LostOrDuplicated,
+    /// A finding whose text contains these words.
+    Text(&'static str),
 }
 
 /// What a case is given.
 pub(crate) struct Run<'p> {
-    /// Servers and services: running, and those of `.env`, at the begin of each case.
+    /// Servers and services. At the start of each case all are running, with the settings of
+    /// `.env`.
     pub(crate) platform: &'p mut Platform,
-    /// Whether there is time.
+    /// Whether this is the long form.
     pub(crate) long: bool,
-    /// How long the soak is to be.
+    /// Length of the soak.
     pub(crate) minutes: u64,
-    /// Whether the protection that `Case::control` names is to be taken away.
+    /// Whether this is the control: the protection in [`Case::control`] is to be removed.
     pub(crate) control: bool,
     /// For every random choice.
     pub(crate) random: fastrand::Rng,
-    /// A name that begins the ids of everything this run sends.
+    /// How the ids of everything that this run sends begin.
     pub(crate) tag: String,
 }
 
 impl Run<'_> {
     /// The first in the short form, the second in the long one.
-    pub(crate) fn either<T>(&self, short: T, long: T) -> T {
+    pub(crate) fn short_or_long<T>(&self, short: T, long: T) -> T {
         if self.long { long } else { short }
     }
 }
 
-/// What came of a case; the ledger's part is filled by [`load::Ledger::settle`].
+/// What a case has counted and found.
 #[derive(Default)]
 pub(crate) struct Outcome {
     /// What was sent, for the table: "8 clients".
     pub(crate) load: String,
     /// How many faults were injected.
     pub(crate) faults: usize,
-    /// Answers to requests that leave nothing in the tables.
+    /// Responses to requests that change no table.
     pub(crate) answered: usize,
-    /// What clients were told is done.
+    /// Things that were acknowledged to clients.
     pub(crate) acknowledged: usize,
-    /// What of it, and of what was refused, is in the tables.
+    /// Things of this run that are in the tables.
     pub(crate) found: usize,
-    /// Acknowledged and not there.
+    /// Acknowledged and not in the tables.
     pub(crate) lost: usize,
-    /// There more than once.
-    pub(crate) double: usize,
-    /// Longest time in which nobody was told that anything is done.
-    pub(crate) worst_pause: Duration,
-    /// Most resident memory of the three services together, in bytes.
+    /// In the tables more than once.
+    pub(crate) duplicated: usize,
+    /// The longest time without an acknowledgement.
+    pub(crate) longest_pause: Duration,
+    /// The most resident memory of all services together, in bytes.
     pub(crate) peak_memory: u64,
-    /// Everything else that must not be.
-    pub(crate) wrong: Vec<String>,
-    /// The case itself did not come to its end.
-    broken: bool,
+    /// Everything else that must not happen.
+    pub(crate) findings: Vec<String>,
+    /// The case panicked.
+    panicked: bool,
 }
 
 impl Outcome {
-    fn has(&self, expected: &Finds) -> bool {
+    /// The outcome of a case before it begins; `load` is what it sends, for the table.
+    pub(crate) fn new(load: impl Into<String>) -> Outcome {
+        Outcome { load: load.into(), ..Outcome::default() }
+    }
+
+    fn has(&self, expected: &ExpectedFinding) -> bool {
         match expected {
-            Finds::Loss => self.lost > 0 || self.double > 0,
-            Finds::Fault(words) => self.wrong.iter().any(|fault| fault.contains(words)),
+            ExpectedFinding::LostOrDuplicated => self.lost > 0 || self.duplicated > 0,
+            ExpectedFinding::Text(words) => self.findings.iter().any(|text| text.contains(words)),
         }
     }
 
-    /// Holds orders that all have this user against the table: those that were acknowledged
-    /// must be there, and no more than were sent.
-    pub(crate) fn settle_equal(
+    /// Compares orders that all have this user with the table by their number: at least those
+    /// that were acknowledged must be there, and at most those that were sent.
+    pub(crate) fn reconcile_count(
         &mut self,
         platform: &Platform,
         user: &str,
         acknowledged: usize,
         sent: usize,
     ) {
-        platform.await_empty_queue();
+        platform.wait_for_empty_queue();
         let count = "select count(*) from orders where user_id = $1";
         let row = platform.connect("BILLING_DB_NAME").query_one(count, &[&user]).unwrap();
         let found = row.get::<_, i64>(0) as usize;
         self.acknowledged += acknowledged;
         self.found += found;
         self.lost += acknowledged.saturating_sub(found);
-        self.double += found.saturating_sub(sent);
+        self.duplicated += found.saturating_sub(sent);
     }
 
-    /// Where nobody is killed, nobody may have ended: it would have been started anew unseen.
-    pub(crate) fn nobody_has_ended(&mut self, platform: &Platform) {
+    /// For cases that kill no service: a service that ended by itself was started again, and
+    /// nothing else would show it.
+    pub(crate) fn assert_no_unexpected_exit(&mut self, platform: &Platform) {
         for (name, service) in platform.services() {
-            if service.deaths() > 0 {
-                self.wrong.push(format!("{name} ended {} times by itself", service.deaths()));
+            if service.unexpected_exits() > 0 {
+                let times = service.unexpected_exits();
+                self.findings.push(format!("{name} ended {times} times by itself"));
             }
         }
     }
@@ -181,13 +191,13 @@ impl Outcome {
             value => format!("{value:.1} {unit}"),
         };
         format!(
-            "{name:<28} {load:<40} {:>6} {:>12} {:>8} {:>5} {:>6} {:>10} {:>10}",
+            "{name:<28} {load:<40} {:>6} {:>12} {:>8} {:>5} {:>10} {:>10} {:>10}",
             self.faults,
             self.acknowledged,
             self.found,
             self.lost,
-            self.double,
-            measured(self.worst_pause.as_secs_f64(), "s"),
+            self.duplicated,
+            measured(self.longest_pause.as_secs_f64(), "s"),
             measured(self.peak_memory as f64 / 1e6, "MB"),
         )
     }
@@ -201,16 +211,20 @@ struct Options {
     controls: bool,
 }
 
+fn all_cases() -> impl Iterator<Item = &'static Case> {
+    CASES.iter().copied().flatten()
+}
+
 fn main() -> ExitCode {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == careless::ARGUMENT) {
-        return careless::run(&arguments.remove(1));
+    if arguments.first().is_some_and(|first| first == mutants::ARGUMENT) {
+        return mutants::run(&arguments.remove(1));
     }
     let options = match read_options(arguments) {
         Ok(options) => options,
         Err(code) => return code,
     };
-    let chosen = CASES.iter().copied().flatten().filter(|case| {
+    let chosen = all_cases().filter(|case| {
         let named = options.cases.iter().any(|name| case.name.starts_with(name.as_str()));
         named || (options.cases.is_empty() && (case.short || options.long))
     });
@@ -218,19 +232,19 @@ fn main() -> ExitCode {
     let mut platform = Platform::start();
     let (mut rows, mut failed) = (Vec::new(), Vec::new());
     for case in chosen {
-        let (row, faults) = run_case(case, &options, &mut platform);
+        let (row, findings) = run_case(case, &options, &mut platform);
         println!("  {row}");
         rows.push(row);
-        if !faults.is_empty() {
+        if !findings.is_empty() {
             failed.push(case.name);
         }
-        for fault in faults {
-            println!("  FAULT {}: {fault}", case.name);
+        for finding in findings {
+            println!("  FINDING {}: {finding}", case.name);
         }
     }
     println!(
-        "\n{:<28} {:<40} {:>6} {:>12} {:>8} {:>5} {:>6} {:>10} {:>10}",
-        "case", "load", "faults", "acknowledged", "found", "lost", "double", "pause", "memory"
+        "\n{:<28} {:<40} {:>6} {:>12} {:>8} {:>5} {:>10} {:>10} {:>10}",
+        "case", "load", "faults", "acknowledged", "found", "lost", "duplicated", "pause", "memory"
     );
     rows.iter().for_each(|row| println!("{row}"));
     println!("{} cases, {} failed {failed:?}, seed {}", rows.len(), failed.len(), options.seed);
@@ -249,15 +263,15 @@ fn read_options(arguments: Vec<String>) -> Result<Options, ExitCode> {
             "--no-controls" => options.controls = false,
             "--seed" => {
                 let seed = arguments.next().and_then(|seed| seed.parse().ok());
-                options.seed = seed.ok_or_else(|| complain("--seed wants a number"))?;
+                options.seed = seed.ok_or_else(|| usage_error("--seed needs a number"))?;
             }
             "--minutes" => {
                 let minutes = arguments.next().and_then(|minutes| minutes.parse().ok());
                 options.minutes =
-                    Some(minutes.ok_or_else(|| complain("--minutes wants a number"))?);
+                    Some(minutes.ok_or_else(|| usage_error("--minutes needs a number"))?);
             }
             "--list" => {
-                for case in CASES.iter().copied().flatten() {
+                for case in all_cases() {
                     let form = if case.short { "" } else { " (long form)" };
                     println!("{:<28} control: {}{form}", case.name, case.control);
                 }
@@ -267,21 +281,21 @@ fn read_options(arguments: Vec<String>) -> Result<Options, ExitCode> {
                 println!("{USAGE}");
                 return Err(ExitCode::SUCCESS);
             }
-            case if CASES.iter().copied().flatten().any(|known| known.name.starts_with(case)) => {
+            name if all_cases().any(|case| case.name.starts_with(name)) => {
                 options.cases.push(argument);
             }
-            unknown => return Err(complain(&format!("there is no case {unknown}"))),
+            unknown => return Err(usage_error(&format!("there is no case {unknown}"))),
         }
     }
     Ok(options)
 }
 
-fn complain(what: &str) -> ExitCode {
-    eprintln!("{what}\n\n{USAGE}");
+fn usage_error(text: &str) -> ExitCode {
+    eprintln!("{text}\n\n{USAGE}");
     ExitCode::from(2)
 }
 
-/// Runs a case and its control; the row of the table, and what was not as it must be.
+/// Runs a case and its control; the row of the table, and what was found.
 fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String, Vec<String>) {
     let mut runs = 0;
     let mut once = |control: bool| {
@@ -289,13 +303,13 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
         let mut hasher = DefaultHasher::new();
         (options.seed, case.name).hash(&mut hasher);
         let random = fastrand::Rng::with_seed(hasher.finish());
-        // The servers may have been through another run with the same seed.
+        // The same servers may have had another run with the same seed.
         let name = format!("{}{}", case.name, if control { "-control" } else { "" });
         let tag = format!("{name}-{}-{runs}", process::id());
-        let begun = Instant::now();
+        let started_at = Instant::now();
         let minutes = options.minutes.unwrap_or(if options.long { 30 } else { 2 });
         let limit = if options.long { 1800 + 60 * minutes } else { 300 };
-        let _guard = must_end(name.clone(), Duration::from_secs(limit));
+        let _guard = exit_after(name.clone(), Duration::from_secs(limit));
         print!("{name} … ");
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             platform.restore();
@@ -308,54 +322,63 @@ fn run_case(case: &Case, options: &Options, platform: &mut Platform) -> (String,
                 tag,
             })
         }));
-        println!("{:.1} s", begun.elapsed().as_secs_f64());
+        println!("{:.1} s", started_at.elapsed().as_secs_f64());
         outcome.unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-            let wrong = vec![text.unwrap_or("it panicked").to_owned()];
-            Outcome { wrong, broken: true, ..Outcome::default() }
+            let findings = vec![text.unwrap_or("it panicked").to_owned()];
+            Outcome { findings, panicked: true, ..Outcome::default() }
         })
     };
     let outcome = once(false);
-    let mut faults = outcome.wrong.clone();
-    if outcome.lost > 0 || outcome.double > 0 {
-        faults.push(format!("{} lost, {} double", outcome.lost, outcome.double));
+    let mut findings = outcome.findings.clone();
+    if outcome.lost > 0 || outcome.duplicated > 0 {
+        findings.push(format!("{} lost, {} duplicated", outcome.lost, outcome.duplicated));
     }
-    faults.truncate(10);
+    findings.truncate(10);
     if options.controls {
-        // What it must find may need some luck, such as a kill at the right moment.
+        // A control may need more than one run, such as for a kill at the right moment.
         let mut control = once(true);
         for _ in 0..2 {
-            if !control.broken && !control.has(&case.finds) {
+            if !control.panicked && !control.has(&case.expects) {
                 control = once(true);
             }
         }
-        let Outcome { lost, double, wrong, .. } = &control;
-        let told = format!("{lost} lost, {double} double, {:?}", wrong.first());
-        if control.broken {
-            faults.push(format!("the control did not come to its end: {told}"));
-        } else if control.has(&case.finds) {
-            println!("  found: {told}");
+        let first = control.findings.first();
+        let found = format!("{} lost, {} duplicated, {first:?}", control.lost, control.duplicated);
+        if control.panicked {
+            findings.push(format!("the control panicked: {found}"));
+        } else if control.has(&case.expects) {
+            println!("  the control found: {found}");
         } else {
-            let taken = case.control;
-            faults.push(format!(
-                "this was taken away, and the check saw nothing of it: {taken}; {told}"
-            ));
+            let removed = case.control;
+            findings.push(format!("the control found nothing without {removed}: {found}"));
         }
     }
-    (outcome.row(case.name), faults)
+    (outcome.row(case.name), findings)
 }
 
-/// Ends this process, and what it has started, when a case takes longer; until it is dropped.
-fn must_end(name: String, limit: Duration) -> mpsc::Sender<()> {
+/// Ends this process and its children when a case takes longer than `limit`, unless the guard is
+/// dropped before.
+fn exit_after(name: String, limit: Duration) -> mpsc::Sender<()> {
     let (guard, ended) = mpsc::channel();
     thread::spawn(move || {
         if ended.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("{name} does not come to its end: giving up after {limit:?}");
-            let me = process::id().to_string();
-            let _ = process::Command::new("pkill").args(["-KILL", "--parent", &me]).status();
+            eprintln!("{name} does not end: given up after {limit:?}");
+            for child in children() {
+                let _ = signal(child, "KILL");
+            }
             process::exit(1);
         }
     });
     guard
+}
+
+/// The processes that this one has started.
+fn children() -> Vec<u32> {
+    let list = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("children")).ok();
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let lists: Vec<String> = tasks.filter_map(list).collect();
+    let pids = lists.iter().flat_map(|list| list.split_whitespace());
+    pids.filter_map(|pid| pid.parse().ok()).collect()
 }

@@ -1,9 +1,8 @@
-//! More than can be done: requests come at a fixed rate, whatever becomes of those before
-//! them, as they do from people.
+//! Overload: requests come at a fixed rate whatever becomes of those before them, as from users
+//! who do not know of each other (an open loop).
 //!
-//! The generator is one thread on the same cores as the services: what it calls
-//! saturation is less than they could do alone. The rates are relative to that, and so is
-//! what is asked for.
+//! The generator is one thread on the same cores as the services, so the saturation that it measures
+//! is less than they could serve alone. The rates, and what must be served, are relative to it.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSliceMut, Write};
@@ -11,6 +10,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant, SystemTime};
 
+use harness::{agent, bodies, post};
 use mio::net::TcpStream;
 use mio::{Events, Poll, PollOpt, Ready, Token};
 use nix::cmsg_space;
@@ -19,206 +19,212 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt};
 use nix::sys::time::TimeSpec;
 use socket2::{Domain, Socket, Type};
 
-use crate::clients::{find, order, percentile, read_head};
+use crate::clients::{find, order_request, percentile, read_head};
 use crate::platform::Program;
-use crate::{Case, Finds, Outcome, Run};
-use harness::agent;
+use crate::{Case, ExpectedFinding, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "overload",
-    control: "the limit on connections: a service that lets everybody queue",
-    finds: Finds::Fault("goodput"),
+    control: "the limit on connections: an inventory that queues every request",
+    expects: ExpectedFinding::Text("goodput"),
     short: true,
     run: overload,
 }];
 
-/// A client that has no answer by then has left; what comes later is of no use.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// A client without a response by then has left: a later one counts as late.
+const CLIENT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// A client that finds no connection free by then has not come at all. There are fewer of
-/// them than five times saturation wants: in a queue here all would grow old before they
-/// are sent, and what is measured would be this queue.
-const QUEUE: Duration = Duration::from_millis(20);
+/// A request that finds no free connection by then is not sent. Five times saturation needs more
+/// connections than there are: in a longer queue all requests would become old before they are
+/// sent, and the measurement would be that of this queue.
+const MAX_QUEUE_TIME: Duration = Duration::from_millis(20);
 
-/// The rates, in parts of the saturation.
+/// The rates, as multiples of the saturation.
 const RATES: [f64; 4] = [0.5, 1.0, 2.0, 5.0];
 
-/// What a refusal may take, in the long form.
-const REFUSAL: Duration = Duration::from_millis(50);
+/// The longest 99th percentile of a 503, in the long form.
+const MAX_REJECTION_TIME: Duration = Duration::from_millis(50);
 
-/// Connections of the measurement of the saturation, and most of all others: half as many
-/// again as there are places. With more of them their connects take so much of the same
-/// processor that this is what is measured.
-const CLOSED: usize = 48;
-const OPEN: usize = 384;
+/// Connections for the measurement of the saturation (a closed loop), and the most of an open loop:
+/// half as many again as the limit on connections. With more of them the connects use so much of
+/// the same processor that they would be what is measured.
+const CLOSED_LOOP_CONNECTIONS: usize = 48;
+const OPEN_LOOP_CONNECTIONS: usize = 384;
 
 fn overload(run: &mut Run<'_>) -> Outcome {
-    let mut outcome = Outcome { load: "0.5 to 5 times saturation".into(), ..Outcome::default() };
-    let address = run.platform.stack.address;
-    let time = Duration::from_millis(run.either(1500, 10_000));
-    let memory = run.platform.watch_memory();
-    let movie = serde_json::json!({ "title": run.tag, "description": "x".repeat(500) });
-    let url = run.platform.stack.url("/api/movies");
-    let added = harness::post(&agent(), &url, &movie.to_string()).unwrap().1;
+    let mut outcome = Outcome::new("0.5 to 5 times saturation");
+    let time = Duration::from_millis(run.short_or_long(1500, 10_000));
+    let memory = run.platform.sample_memory();
+    let stack = &run.platform.stack;
+    let movie = bodies::movie(&run.tag, &"x".repeat(500));
+    let added = post(&agent(), &stack.url("/api/movies"), &movie).unwrap().1;
     let read = format!("GET /api/movies/{} HTTP/1.1\r\nHost: load\r\n\r\n", added["id"]);
-    let order = order(&run.tag, true);
-    let gateway = SocketAddr::from((address, 3000));
+    let order = order_request(&run.tag, true);
+    let [gateway, inventory] = ["gateway", "inventory"].map(|name| stack.socket_address(name));
     let floods = match run.control {
         true => {
-            run.platform.inventory.replace(Program::Careless);
-            vec![("careless", SocketAddr::from((address, 8080)), read.as_bytes())]
+            run.platform.inventory().replace(Program::Mutant);
+            vec![("mutant", inventory, read.as_bytes())]
         }
         false => vec![("reads", gateway, read.as_bytes()), ("orders", gateway, &order)],
     };
     for (name, target, request) in floods {
         let mut generator = Generator::new(target, request);
-        // The better of two, for the same reason as below.
+        // The higher of two, because other programs may disturb one.
         let saturation = generator.saturation(time).max(generator.saturation(time));
         let mut peak: f64 = 0.0;
         for rate in RATES {
             let (mut goodput, mut slow) = (0.0_f64, Duration::MAX);
-            let poor = |goodput| rate > 2.0 && goodput < enough(run.long) * peak;
-            let late = |slow| run.long && !run.control && slow > REFUSAL;
-            // What somebody else does on this machine must not decide: the best of three.
+            let poor = |goodput| rate > 2.0 && goodput < min_share_of_peak(run.long) * peak;
+            let late = |slow| run.long && !run.control && slow > MAX_REJECTION_TIME;
+            // The best of three, because other programs may disturb one.
             for _ in 0..3 {
-                let seen = generator.open_loop(rate * saturation, time);
-                let last = percentile(&seen.refused, 99);
+                let measured = generator.open_loop(rate * saturation, time);
+                let last = percentile(&measured.rejected, 99);
                 println!(
                     "  {name} at {rate} of {saturation:.0}/s: {:.0}/s sent, goodput {:.0}/s p99 \
-                     {:.1?}, {} refused p50 {:.1?} p99 {last:.1?} ({} over {REFUSAL:?}), {} late, {} \
+                     {:.1?}, {} rejected p50 {:.1?} p99 {last:.1?} ({} over {MAX_REJECTION_TIME:?}), {} late, {} \
                      broken, {} never sent",
-                    seen.sent() as f64 / time.as_secs_f64(),
-                    seen.goodput(time),
-                    percentile(&seen.good, 99),
-                    seen.refused.len(),
-                    percentile(&seen.refused, 50),
-                    seen.refused.iter().filter(|time| **time > REFUSAL).count(),
-                    seen.late,
-                    seen.broken,
-                    seen.unsent,
+                    measured.sent() as f64 / time.as_secs_f64(),
+                    measured.goodput(time),
+                    percentile(&measured.good, 99),
+                    measured.rejected.len(),
+                    percentile(&measured.rejected, 50),
+                    measured.rejected.iter().filter(|time| **time > MAX_REJECTION_TIME).count(),
+                    measured.late,
+                    measured.broken,
+                    measured.unsent,
                 );
-                outcome.faults += seen.refused.len();
-                if seen.other > 0 {
-                    outcome.wrong.push(format!("{name} at {rate}: {} other answers", seen.other));
+                outcome.faults += measured.rejected.len();
+                if measured.other > 0 {
+                    outcome
+                        .findings
+                        .push(format!("{name} at {rate}: {} other responses", measured.other));
                 }
-                if !run.control && rate > 1.5 && !seen.excess_is_refused(run.long) {
-                    outcome.wrong.push(format!("{name} at {rate}: the excess gets no 503"));
+                if !run.control && rate > 1.5 && !measured.rejects_excess(run.long) {
+                    outcome.findings.push(format!("{name} at {rate}: the excess is not rejected"));
                 }
-                (goodput, slow) = (goodput.max(seen.goodput(time)), slow.min(last));
+                (goodput, slow) = (goodput.max(measured.goodput(time)), slow.min(last));
                 if !poor(goodput) && !late(slow) {
                     break;
                 }
             }
             if poor(goodput) {
-                let told = format!("{name} at {rate}: goodput {goodput:.0}/s, peak {peak:.0}/s");
-                outcome.wrong.push(told);
+                outcome
+                    .findings
+                    .push(format!("{name} at {rate}: goodput {goodput:.0}/s, peak {peak:.0}/s"));
             }
             if late(slow) {
-                outcome.wrong.push(format!("{name} at {rate}: refusals take {slow:?}"));
+                outcome.findings.push(format!("{name} at {rate}: rejections take {slow:?}"));
             }
             peak = peak.max(goodput);
         }
         if !run.control {
-            normal_again(&mut generator, saturation, name, &mut outcome);
+            check_recovery(&mut generator, saturation, name, &mut outcome);
         }
         match name {
             "orders" => {
                 let (good, sent) = (generator.good, generator.sent);
-                outcome.settle_equal(run.platform, &run.tag, good, sent);
+                outcome.reconcile_count(run.platform, &run.tag, good, sent);
             }
             _ => outcome.answered += generator.good,
         }
     }
     outcome.peak_memory = memory.peak();
     if !run.control {
-        outcome.nobody_has_ended(run.platform);
+        outcome.assert_no_unexpected_exit(run.platform);
     }
     let mut admin = run.platform.connect("INVENTORY_DB_NAME");
     let _ = admin.execute("delete from movies where title = $1", &[&run.tag]);
     outcome
 }
 
-/// What part of the peak must be left at five times saturation.
-fn enough(long: bool) -> f64 {
+/// The share of the peak goodput that five times saturation must leave.
+fn min_share_of_peak(long: bool) -> f64 {
     if long { 0.8 } else { 0.4 }
 }
 
-/// Within five seconds a moderate load is served as if nothing had been.
-fn normal_again(generator: &mut Generator<'_>, saturation: f64, name: &str, outcome: &mut Outcome) {
-    let over = Instant::now();
+/// Within five seconds after the overload a moderate load must be served normally.
+fn check_recovery(
+    generator: &mut Generator<'_>,
+    saturation: f64,
+    name: &str,
+    outcome: &mut Outcome,
+) {
+    let overload_end = Instant::now();
     let mut last = String::new();
-    while over.elapsed() < Duration::from_secs(5) {
+    while overload_end.elapsed() < Duration::from_secs(5) {
         let time = Duration::from_millis(500);
-        let seen = generator.open_loop(saturation * 0.25, time);
-        if seen.is_all_well() {
-            println!("  {name}: normal again after {:.1?}", over.elapsed());
+        let measured = generator.open_loop(saturation * 0.25, time);
+        if measured.is_normal() {
+            println!("  {name}: normal again after {:.1?}", overload_end.elapsed());
             return;
         }
-        last = format!("{} of {} good", seen.good.len(), seen.due());
+        last = format!("{} of {} good", measured.good.len(), measured.due());
     }
-    outcome.wrong.push(format!("{name} is not normal 5 s after: {last}"));
+    outcome.findings.push(format!("{name} is not normal 5 s after the overload: {last}"));
 }
 
 /// Sends the same request again and again.
 pub(crate) struct Generator<'r> {
     target: SocketAddr,
     request: &'r [u8],
-    /// Most connections of an open loop.
+    /// The most connections of an open loop.
     pub(crate) connections: usize,
-    /// In all measurements: how many were good, and how many were sent.
+    /// Good responses and requests sent, of all measurements.
     pub(crate) good: usize,
     pub(crate) sent: usize,
 }
 
-/// What came of the requests of one measurement.
+/// What became of the requests of one measurement.
 #[derive(Default)]
-pub(crate) struct Seen {
-    /// 2xx within the patience, each with its time since it was due.
+pub(crate) struct Measurement {
+    /// 2xx within [`CLIENT_TIMEOUT`], each with the time since it was due.
     pub(crate) good: Vec<Duration>,
-    /// 503, each with its time from when it was sent until the kernel had the answer: what
-    /// either waited for this thread is none of the service's.
-    refused: Vec<Duration>,
-    /// Any other answer.
+    /// 503, each with the time from its sending until the kernel received the response: the time
+    /// that either waited for this thread is not the service's.
+    rejected: Vec<Duration>,
+    /// Any other response.
     other: usize,
-    /// 2xx too late, and what had no answer when the measurement ended.
+    /// 2xx too late, and requests without a response when the measurement ended.
     late: usize,
-    /// Connections that ended without an answer.
+    /// Connections that ended without a response.
     broken: usize,
-    /// The client left before there was a connection for it.
+    /// Requests that found no free connection.
     unsent: usize,
 }
 
-impl Seen {
+impl Measurement {
     fn goodput(&self, time: Duration) -> f64 {
         self.good.len() as f64 / time.as_secs_f64()
     }
 
     fn sent(&self) -> usize {
-        self.good.len() + self.refused.len() + self.other + self.late + self.broken
+        self.good.len() + self.rejected.len() + self.other + self.late + self.broken
     }
 
     pub(crate) fn due(&self) -> usize {
         self.sent() + self.unsent
     }
 
-    /// Whether 99 of 100 were served in time.
-    pub(crate) fn is_all_well(&self) -> bool {
+    /// Whether 99 % were answered in time.
+    pub(crate) fn is_normal(&self) -> bool {
         self.due() > 0 && self.good.len() * 100 >= self.due() * 99
     }
 
-    /// Whether some were told 503, and 99 of 100 that were sent anything, in the long form
-    /// in time.
-    fn excess_is_refused(&self, in_time: bool) -> bool {
-        let untold = self.broken + if in_time { self.late } else { 0 };
-        !self.refused.is_empty() && untold * 100 <= self.sent()
+    /// Whether some requests got a 503, and 99 % of all that were sent got any response; if `in_time`,
+    /// no late one.
+    fn rejects_excess(&self, in_time: bool) -> bool {
+        let unanswered = self.broken + if in_time { self.late } else { 0 };
+        !self.rejected.is_empty() && unanswered * 100 <= self.sent()
     }
 }
 
 struct Connection {
     stream: TcpStream,
-    /// When the request that is on its way was due.
+    /// When the request in flight was due.
     due: Option<Instant>,
-    /// When it was sent, or its connection begun.
+    /// When it was sent, or its connection was started.
     sent: SystemTime,
     connected: bool,
     received: Vec<u8>,
@@ -226,52 +232,54 @@ struct Connection {
 
 impl<'r> Generator<'r> {
     pub(crate) fn new(target: SocketAddr, request: &'r [u8]) -> Generator<'r> {
-        Generator { target, request, connections: OPEN, good: 0, sent: 0 }
+        Generator { target, request, connections: OPEN_LOOP_CONNECTIONS, good: 0, sent: 0 }
     }
 
-    /// Requests a second that are answered when each client sends the next as soon as it
-    /// has the answer.
+    /// Requests a second that are answered when each client sends the next one as soon as it has the
+    /// response.
     pub(crate) fn saturation(&mut self, time: Duration) -> f64 {
-        self.generate(None, time, CLOSED).goodput(time)
+        self.generate(None, time, CLOSED_LOOP_CONNECTIONS).goodput(time)
     }
 
-    /// The highest rate (a second) at which 99 of 100 requests that come of themselves are
-    /// served: less than what clients reach that wait for each other.
+    /// The highest rate (a second) of an open loop at which 99 % of the requests are answered in time:
+    /// less than the saturation of a closed loop.
     pub(crate) fn sustained(&mut self, time: Duration) -> f64 {
         let mut rate = 0.2 * self.saturation(time);
-        // A second time, so that one bad moment does not decide.
-        while (0..2).any(|_| self.open_loop(1.1 * rate, time).is_all_well()) {
+        // A second attempt, because other programs may disturb one.
+        while (0..2).any(|_| self.open_loop(1.1 * rate, time).is_normal()) {
             rate *= 1.1;
         }
         rate
     }
 
-    /// Requests that are due at this rate (a second), whatever becomes of them.
-    pub(crate) fn open_loop(&mut self, rate: f64, time: Duration) -> Seen {
+    /// Sends requests at this rate (a second), whatever becomes of them.
+    pub(crate) fn open_loop(&mut self, rate: f64, time: Duration) -> Measurement {
         self.generate(Some(rate), time, self.connections)
     }
 
-    fn generate(&mut self, rate: Option<f64>, time: Duration, most: usize) -> Seen {
+    fn generate(&mut self, rate: Option<f64>, time: Duration, most: usize) -> Measurement {
         let poll = Poll::new().unwrap();
         let mut events = Events::with_capacity(1024);
         let mut connections: Vec<Option<Connection>> = (0..most).map(|_| None).collect();
         let mut idle: Vec<usize> = Vec::new();
         let mut vacant: Vec<usize> = (0..most).collect();
         let mut due: VecDeque<Instant> = VecDeque::new();
-        let (mut seen, mut scheduled) = (Seen::default(), 0_u32);
-        let begun = Instant::now();
+        let (mut measured, mut scheduled) = (Measurement::default(), 0_u32);
+        let started_at = Instant::now();
         let step = rate.map(|rate| Duration::from_secs_f64(1.0 / rate.max(1.0)));
         loop {
             let now = Instant::now();
-            let elapsed = now - begun;
-            if elapsed > time + PATIENCE || (elapsed > time && vacant.len() + idle.len() == most) {
+            let elapsed = now - started_at;
+            if elapsed > time + CLIENT_TIMEOUT
+                || (elapsed > time && vacant.len() + idle.len() == most)
+            {
                 break;
             }
             if elapsed < time {
                 match step {
                     Some(step) => {
                         while step * scheduled <= elapsed {
-                            due.push_back(begun + step * scheduled);
+                            due.push_back(started_at + step * scheduled);
                             scheduled += 1;
                         }
                     }
@@ -280,67 +288,67 @@ impl<'r> Generator<'r> {
             } else if step.is_none() {
                 due.clear();
             }
-            while due.front().is_some_and(|due| now - *due > QUEUE) {
+            while due.front().is_some_and(|due| now - *due > MAX_QUEUE_TIME) {
                 due.pop_front();
-                seen.unsent += 1;
+                measured.unsent += 1;
             }
             while let Some(moment) = due.front().copied() {
-                let Some(place) = idle.pop().or_else(|| vacant.pop()) else { break };
+                let Some(slot) = idle.pop().or_else(|| vacant.pop()) else { break };
                 due.pop_front();
-                if self.send(&poll, &mut connections, place, moment).is_err() {
-                    connections[place] = None;
-                    vacant.push(place);
-                    seen.broken += 1;
+                if self.send(&poll, &mut connections, slot, moment).is_err() {
+                    connections[slot] = None;
+                    vacant.push(slot);
+                    measured.broken += 1;
                 }
             }
             poll.poll(&mut events, Some(Duration::from_millis(1))).unwrap();
             for event in &events {
-                let place = usize::from(event.token());
-                let Some(connection) = &mut connections[place] else { continue };
+                let slot = usize::from(event.token());
+                let Some(connection) = &mut connections[slot] else { continue };
                 let was_idle = connection.due.is_none();
-                match connection.go_on(self.request, event.readiness(), &mut seen) {
-                    Ok(true) => idle.push(place),
+                match connection.advance(self.request, event.readiness(), &mut measured) {
+                    Ok(true) => idle.push(slot),
                     Ok(false) => (),
                     Err(_) => {
                         if connection.due.is_some() {
-                            seen.broken += 1;
+                            measured.broken += 1;
                         }
                         if was_idle {
-                            idle.retain(|other| *other != place);
+                            idle.retain(|other| *other != slot);
                         }
-                        connections[place] = None;
-                        vacant.push(place);
+                        connections[slot] = None;
+                        vacant.push(slot);
                     }
                 }
             }
         }
-        seen.late += connections.iter().flatten().filter(|one| one.due.is_some()).count();
-        seen.unsent += due.len();
-        self.good += seen.good.len();
-        self.sent += seen.sent();
-        seen
+        measured.late += connections.iter().flatten().filter(|one| one.due.is_some()).count();
+        measured.unsent += due.len();
+        self.good += measured.good.len();
+        self.sent += measured.sent();
+        measured
     }
 
-    /// Sends on the connection that is there, or on a new one.
+    /// Sends on the open connection of this slot, or on a new one.
     fn send(
         &self,
         poll: &Poll,
         connections: &mut [Option<Connection>],
-        place: usize,
+        slot: usize,
         due: Instant,
     ) -> io::Result<()> {
-        if let Some(connection) = &mut connections[place] {
+        if let Some(connection) = &mut connections[slot] {
             connection.due = Some(due);
             connection.sent = SystemTime::now();
             return connection.stream.write_all(self.request);
         }
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        let source = Ipv4Addr::new(127, 0, 2, 1 + (place % 200) as u8);
+        let source = Ipv4Addr::new(127, 0, 2, 1 + (slot % 200) as u8);
         socket.bind(&SocketAddr::from((source, 0)).into())?;
         setsockopt(&socket, ReceiveTimestampns, &true)?;
         let sent = SystemTime::now();
         let mut stream = TcpStream::connect_stream(socket.into(), &self.target)?;
-        // On loopback there mostly is a connection by now, and the first event may be far.
+        // On loopback it is mostly connected by now, and its first event may come much later.
         let connected = match stream.write(self.request) {
             Ok(written) if written == self.request.len() => true,
             Ok(_) => return Err(ErrorKind::WriteZero.into()),
@@ -349,19 +357,24 @@ impl<'r> Generator<'r> {
         };
         poll.register(
             &stream,
-            Token(place),
+            Token(slot),
             Ready::readable() | Ready::writable(),
             PollOpt::edge(),
         )?;
-        connections[place] =
+        connections[slot] =
             Some(Connection { stream, due: Some(due), sent, connected, received: Vec::new() });
         Ok(())
     }
 }
 
 impl Connection {
-    /// Whether an answer is complete and the connection free; an error when it has ended.
-    fn go_on(&mut self, request: &[u8], ready: Ready, seen: &mut Seen) -> io::Result<bool> {
+    /// Whether a response is complete and the connection free; an error when it has ended.
+    fn advance(
+        &mut self,
+        request: &[u8],
+        ready: Ready,
+        measured: &mut Measurement,
+    ) -> io::Result<bool> {
         if !self.connected && ready.is_writable() {
             self.connected = true;
             self.stream.write_all(request)?;
@@ -390,11 +403,13 @@ impl Connection {
             if let (Some(due), true) = (self.due, self.received.len() >= whole) {
                 let time = due.elapsed();
                 match status {
-                    200..300 if time <= PATIENCE => seen.good.push(time),
-                    200..300 => seen.late += 1,
-                    // Zero where a connection was ended just before its next request.
-                    503 => seen.refused.push(arrived.duration_since(self.sent).unwrap_or_default()),
-                    _ => seen.other += 1,
+                    200..300 if time <= CLIENT_TIMEOUT => measured.good.push(time),
+                    200..300 => measured.late += 1,
+                    // Zero where the 503 came just before the next request was sent.
+                    503 => measured
+                        .rejected
+                        .push(arrived.duration_since(self.sent).unwrap_or_default()),
+                    _ => measured.other += 1,
                 }
                 ended |= find(&self.received[..end], b"onnection: close").is_some();
                 self.received.clear();
@@ -406,7 +421,7 @@ impl Connection {
     }
 }
 
-/// What has come, and when the last of it did.
+/// Receives bytes; returns their number, and when the kernel received the last of them.
 fn receive(stream: &TcpStream, piece: &mut [u8]) -> io::Result<(usize, Option<SystemTime>)> {
     let mut control = cmsg_space!(TimeSpec);
     let mut piece = [IoSliceMut::new(piece)];

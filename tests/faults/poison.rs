@@ -1,4 +1,4 @@
-//! Messages that can never be orders, written to the queue by hand.
+//! Messages that can never be booked, published to the queue by hand.
 
 use std::collections::HashMap;
 use std::process::Command;
@@ -11,33 +11,33 @@ use chassis::testing::{eventually, management_api, test_var};
 use crossbeam_channel::Receiver;
 
 use crate::platform::{Platform, Program, resident};
-use crate::{Case, Finds, Outcome, Run};
+use crate::{Case, ExpectedFinding, Outcome, Run};
 use harness::binaries;
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "poison",
-        control: "the dead letters: a consumer that drops what it cannot book",
-        finds: Finds::Fault("are no dead letters"),
+        control: "the dead letters: a billing that loses them",
+        expects: ExpectedFinding::Text("are no dead letters"),
         short: true,
         run: poison,
     },
     Case {
         name: "poison-large",
-        control: "the limit for messages in hand",
-        finds: Finds::Fault("billing takes"),
+        control: "the limit for prefetched messages",
+        expects: ExpectedFinding::Text("billing takes"),
         short: false,
         run: large,
     },
 ];
 
-/// One bad message for so many good ones.
+/// One invalid message among this many valid ones.
 const ONE_IN: usize = 100;
 
-/// What a bad message says of itself in the header that is billing's to write.
+/// What an invalid message has in the header that billing writes.
 const FORGED_REASON: &str = "no reason";
 
-/// How many messages are on their way to the broker at once.
+/// How many messages are published before their confirms are awaited.
 const WINDOW: usize = 500;
 
 struct Message {
@@ -46,14 +46,14 @@ struct Message {
 }
 
 fn poison(run: &mut Run<'_>) -> Outcome {
-    let good = run.either(3_000, 100_000);
-    let mut outcome = Outcome { load: format!("{good} orders, 1% bad"), ..Outcome::default() };
+    let good = run.short_or_long(3_000, 100_000);
+    let mut outcome = Outcome::new(format!("{good} orders, 1% invalid"));
     let platform = &*run.platform;
     let dead = format!("{}.dead", test_var("RABBITMQ_QUEUE"));
     platform.purge_dead_letters();
     let orders = |name: &str| {
         let one = |number| {
-            // Values at the limits are among them.
+            // Some values are at the limits.
             let (items, amount) = match number % 10 {
                 0 => ("2147483647", "\"999999999999.99\""),
                 1 => ("0", "0"),
@@ -67,65 +67,72 @@ fn poison(run: &mut Run<'_>) -> Outcome {
         };
         (0..good).map(one).collect::<Vec<Message>>()
     };
-    let memory = platform.watch_memory();
+    let memory = platform.sample_memory();
     let alone = drain(platform, &run.tag, orders("alone"), good, Program::Real);
 
     let mut messages = orders("mixed");
     let known = messages[1].properties.message_id().clone().unwrap_or_default();
-    let bad = bad_messages(&run.random, good / ONE_IN, &known);
+    let invalid = invalid_messages(&run.random, good / ONE_IN, &known);
     let mut expected: HashMap<Vec<u8>, usize> = HashMap::new();
-    for (number, message) in bad.into_iter().enumerate() {
+    for (number, message) in invalid.into_iter().enumerate() {
         *expected.entry(message.body.clone()).or_default() += 1;
         outcome.faults += 1;
-        // After the good one whose id one of them repeats.
+        // After the valid message whose id one of them repeats.
         messages.insert((number * (ONE_IN + 1) + 50).min(messages.len()), message);
     }
-    let program = if run.control { Program::Careless } else { Program::Real };
+    let program = if run.control { Program::Mutant } else { Program::Real };
     let mixed = drain(platform, &run.tag, messages, 2 * good, program);
     outcome.peak_memory = memory.peak();
 
-    // Each bad one is a dead letter, byte for byte, with its reason.
+    // Each invalid message is a dead letter, byte for byte, with its reason.
     let letters = letters(&dead);
     for letter in &letters {
         let no_reason = letter.reason.is_empty() || letter.reason == FORGED_REASON;
         if no_reason || letter.key.is_empty() {
-            outcome.wrong.push(format!("a dead letter without a reason: {letter:?}"));
+            outcome.findings.push(format!("a dead letter without a reason: {letter:?}"));
         }
         match expected.get_mut(&letter.body) {
             Some(left) if *left > 0 => *left -= 1,
-            _ => outcome.wrong.push(format!("a dead letter that was no bad message: {letter:?}")),
+            _ => {
+                outcome.findings.push(format!("a dead letter that was a valid message: {letter:?}"))
+            }
         }
     }
     for (body, missing) in expected.iter().filter(|(_, missing)| **missing > 0) {
         let begin = String::from_utf8_lossy(&body[..body.len().min(100)]);
-        outcome.wrong.push(format!("{missing} of this are no dead letters: {begin:?}"));
+        outcome.findings.push(format!("{missing} of this are no dead letters: {begin:?}"));
     }
     let booked = platform.orders(&run.tag);
     outcome.acknowledged = 2 * good;
     outcome.found = booked.len();
     outcome.lost = (2 * good).saturating_sub(booked.len());
-    outcome.double = booked.values().filter(|times| **times > 1).count();
+    outcome.duplicated = booked.values().filter(|times| **times > 1).count();
     if run.control {
         return outcome;
     }
     let ratio = alone.as_secs_f64() / mixed.as_secs_f64();
     println!(
-        "  {good} good ones alone {alone:.1?}, with bad ones {mixed:.1?}: {ratio:.2} of the speed"
+        "  {good} valid messages alone {alone:.1?}, with invalid ones {mixed:.1?}: {ratio:.2} of the speed"
     );
-    // The broker alone makes one run half as fast as the other at times; it must not be worse.
-    // A short run is over before it says much.
-    if ratio < run.either(0.1, 0.5) {
-        outcome.wrong.push(format!("bad messages slow the good ones down to {ratio:.2}"));
+    // The broker alone makes one run half as fast as another at times. A short run has few messages,
+    // so its ratio means less.
+    if ratio < run.short_or_long(0.1, 0.5) {
+        outcome.findings.push(format!("invalid messages slow the valid ones down to {ratio:.2}"));
     }
-    refuses_what_is_too_large(&mut outcome);
-    mend(platform, &run.tag, &letters, &mut outcome);
+    reject_message_of_16_mb(&mut outcome);
+    requeue_and_delete(platform, &run.tag, &letters, &mut outcome);
     outcome
 }
 
-/// A few letters are mended and put back, and the rest deleted, by the documented command.
-fn mend(platform: &Platform, tag: &str, letters: &[Letter], outcome: &mut Outcome) {
+/// Corrects and requeues a few dead letters and deletes the rest, by the documented command.
+fn requeue_and_delete(
+    platform: &Platform,
+    tag: &str,
+    letters: &[DeadLetter],
+    outcome: &mut Outcome,
+) {
     let command = |arguments: &[&str]| {
-        let done = Command::new(binaries().join("billing"))
+        let done = Command::new(binaries::program("billing"))
             .arg("dead-letters")
             .args(arguments)
             .envs(&platform.stack.env)
@@ -133,42 +140,42 @@ fn mend(platform: &Platform, tag: &str, letters: &[Letter], outcome: &mut Outcom
             .unwrap();
         (done.status.success(), String::from_utf8_lossy(&done.stdout).trim().to_owned())
     };
-    // Those with an id have one that is at fault, or may have.
-    let (named, bare): (Vec<&Letter>, Vec<&Letter>) =
+    // Where there is an id, it may be the cause: those get a new one.
+    let (named, bare): (Vec<&DeadLetter>, Vec<&DeadLetter>) =
         letters.iter().partition(|letter| letter.message_id.is_some());
-    let mendable: Vec<&Letter> =
+    let corrected: Vec<&DeadLetter> =
         bare.into_iter().take(3).chain(named.into_iter().take(3)).collect();
-    for (number, letter) in mendable.iter().enumerate() {
-        let user = format!("{tag}-mended/{number}");
+    for (number, letter) in corrected.iter().enumerate() {
+        let user = format!("{tag}-corrected/{number}");
         let body =
             format!("{{\"user_id\":\"{user}\",\"number_of_items\":1,\"total_amount\":\"1.25\"}}");
-        let mut arguments = vec!["put-back", &letter.key, "--body", &body];
+        let mut arguments = vec!["requeue", &letter.key, "--body", &body];
         arguments.extend(letter.message_id.is_some().then_some("--new-id"));
         let said = command(&arguments);
-        if said != (true, "1 put back".to_owned()) {
-            outcome.wrong.push(format!("put-back: {said:?}"));
+        if said != (true, "1 requeued".to_owned()) {
+            outcome.findings.push(format!("requeue: {said:?}"));
         }
         if command(&arguments).0 {
-            outcome.wrong.push(format!("{} could be put back twice", letter.key));
+            outcome.findings.push(format!("{} could be requeued twice", letter.key));
         }
     }
-    let mended = format!("{tag}-mended/");
-    eventually("the mended ones are booked", 20, || {
-        (platform.orders(&mended).len() == mendable.len()).then_some(())
+    let prefix = format!("{tag}-corrected/");
+    eventually("the corrected messages are booked", 20, || {
+        (platform.orders(&prefix).len() == corrected.len()).then_some(())
     });
-    if platform.orders(&mended).values().any(|times| *times != 1) {
-        outcome.wrong.push("a mended one is booked twice".to_owned());
+    if platform.orders(&prefix).values().any(|times| *times != 1) {
+        outcome.findings.push("a corrected message is booked twice".to_owned());
     }
-    let rest = letters.len() - mendable.len();
-    let said = command(&["drop", "all"]);
+    let rest = letters.len() - corrected.len();
+    let said = command(&["delete", "all"]);
     if said != (true, format!("{rest} deleted")) {
-        outcome.wrong.push(format!("drop all: {said:?}, {rest} letters"));
+        outcome.findings.push(format!("delete all: {said:?}, {rest} dead letters"));
     }
 }
 
-/// 16 MB: the broker has a limit of its own, and says so.
-fn refuses_what_is_too_large(outcome: &mut Outcome) {
-    let (connection, _leash) = connect();
+/// The broker has a limit of its own and rejects a larger message.
+fn reject_message_of_16_mb(outcome: &mut Outcome) {
+    let (connection, _deadline) = connect();
     let mut connection = connection;
     let channel = connection.open_channel(None).unwrap();
     channel.enable_publisher_confirms().unwrap();
@@ -177,20 +184,17 @@ fn refuses_what_is_too_large(outcome: &mut Outcome) {
     let published = publish(&channel, &message)
         .map(|()| confirms.recv_timeout(Duration::from_secs(20)).is_ok());
     if matches!(published, Ok(true)) {
-        outcome.wrong.push("the broker took a message of 16 MB".to_owned());
+        outcome.findings.push("the broker accepted a message of 16 MB".to_owned());
     }
 }
 
 fn large(run: &mut Run<'_>) -> Outcome {
-    // Nearly what the broker takes; a thousand of them are sent ahead.
+    // Nearly the largest that the broker accepts; two thousand of them are prefetched.
     const SIZE: usize = 60_000;
     const LIMIT: u64 = 160 << 20;
     let half = 2000;
-    let mut outcome = Outcome {
-        load: format!("{} of {SIZE} bytes", 2 * half),
-        faults: 2 * half,
-        ..Outcome::default()
-    };
+    let mut outcome = Outcome::new(format!("{} of {SIZE} bytes", 2 * half));
+    outcome.faults = 2 * half;
     let platform = &*run.platform;
     platform.purge_dead_letters();
     let order = |number: usize| {
@@ -207,8 +211,8 @@ fn large(run: &mut Run<'_>) -> Outcome {
         random.fill(&mut body);
         Message { body, properties: properties() }
     };
-    platform.billing.replace(Program::Absent);
-    // Small ones before: what has gone well must not make it careless.
+    platform.billing().replace(Program::External);
+    // Small messages first: the limit must not depend on what came before.
     let small = |number| {
         let id = format!("{}-small/{number}", run.tag);
         let body = format!("{{\"user_id\":\"{id}\",\"number_of_items\":1,\"total_amount\":1}}");
@@ -220,53 +224,54 @@ fn large(run: &mut Run<'_>) -> Outcome {
     let mut stack = platform.stack.clone();
     if run.control {
         stack.set("BILLING_BATCH_SIZE", 4000);
+        stack.set("BILLING_PREFETCH_MAX_MB", 1000);
     }
-    // Nothing can be booked for a while, so that all it takes ahead is in its memory.
+    // Nothing can be booked for a while: all prefetched messages are in memory.
     let mut lock = platform.connect("BILLING_DB_NAME");
     lock.batch_execute("begin; lock table orders in access exclusive mode").unwrap();
-    platform.billing.restart(&stack, Program::Real);
+    platform.billing().restart(&stack, Program::Real);
     let queue = test_var("RABBITMQ_QUEUE");
     let mut peak = 0;
     let locked_until = Instant::now() + Duration::from_secs(6);
     eventually("the time of the lock is over", 60, || {
-        peak = peak.max(resident(platform.billing.pid()));
+        peak = peak.max(resident(platform.billing().pid()));
         (Instant::now() > locked_until).then_some(())
     });
     drop(lock);
-    eventually("all large messages are dealt with", 300, || {
-        peak = peak.max(resident(platform.billing.pid()));
+    eventually("all large messages are processed", 300, || {
+        peak = peak.max(resident(platform.billing().pid()));
         if peak > LIMIT && run.control {
             return Some(());
         }
-        let dealt_with = platform.orders(&format!("{}/", run.tag)).len() == half;
-        (dealt_with && platform.depth(&queue) == 0).then_some(())
+        let is_processed = platform.orders(&format!("{}/", run.tag)).len() == half;
+        (is_processed && platform.queue_depth(&queue) == 0).then_some(())
     });
     outcome.peak_memory = peak;
     if run.control {
-        // What is left is of no use to anybody.
+        // The rest of the queue is not needed.
         management_api("DELETE", &format!("queues/%2F/{queue}/contents"), None);
-        outcome.wrong.extend((peak > LIMIT).then(|| format!("billing takes {} MB", peak >> 20)));
-        platform.billing.replace(Program::Real);
+        outcome.findings.extend((peak > LIMIT).then(|| format!("billing takes {} MB", peak >> 20)));
+        platform.billing().replace(Program::Real);
         return outcome;
     }
     let booked = platform.orders(&run.tag);
     outcome.acknowledged = half + 3000;
     outcome.found = booked.len();
     outcome.lost = (half + 3000).saturating_sub(booked.len());
-    outcome.double = booked.values().filter(|times| **times > 1).count();
+    outcome.duplicated = booked.values().filter(|times| **times > 1).count();
     let dead = platform.purge_dead_letters();
     if dead != half {
-        outcome.wrong.push(format!("{dead} dead letters, not {half}"));
+        outcome.findings.push(format!("{dead} dead letters, not {half}"));
     }
     println!("  billing's memory with {} bytes a message: {:.1} MB", SIZE, peak as f64 / 1e6);
     if peak > LIMIT {
-        outcome.wrong.push(format!("billing takes {} MB", peak >> 20));
+        outcome.findings.push(format!("billing takes {} MB", peak >> 20));
     }
     outcome
 }
 
-/// Publishes while nobody consumes; then, how long it takes until the queue is empty and so
-/// many orders of the tag are booked.
+/// Publishes without a consumer, and then measures how long it takes until the queue is empty and
+/// `booked` orders of the tag are booked.
 fn drain(
     platform: &Platform,
     tag: &str,
@@ -274,37 +279,37 @@ fn drain(
     booked: usize,
     program: Program,
 ) -> Duration {
-    platform.billing.replace(Program::Absent);
+    platform.billing().replace(Program::External);
     publish_all(messages.into_iter());
-    let begun = Instant::now();
-    platform.billing.replace(program);
+    let started_at = Instant::now();
+    platform.billing().replace(program);
     if program == Program::Real {
         let mut db = platform.connect("BILLING_DB_NAME");
         let count = "select count(*) from orders where starts_with(user_id, $1)";
-        let mut due = begun;
-        eventually("the good ones are booked", 300, || {
-            if Instant::now() < due {
+        let mut next_query = started_at;
+        eventually("the valid messages are booked", 300, || {
+            if Instant::now() < next_query {
                 return None;
             }
-            due = Instant::now() + Duration::from_millis(50);
+            next_query = Instant::now() + Duration::from_millis(50);
             let found: i64 = db.query_one(count, &[&tag]).unwrap().get(0);
             (found as usize >= booked).then_some(())
         });
     }
-    let took = begun.elapsed();
-    platform.await_empty_queue();
+    let took = started_at.elapsed();
+    platform.wait_for_empty_queue();
     took
 }
 
-/// What can be wrong with a message, each at least once and `count` in all if there are no more;
-/// one repeats the id `known`.
-fn bad_messages(random: &fastrand::Rng, count: usize, known: &str) -> Vec<Message> {
+/// Each kind of invalid message at least once, and `count` in all if there are fewer kinds; one
+/// repeats the id `known`.
+fn invalid_messages(random: &fastrand::Rng, count: usize, known: &str) -> Vec<Message> {
     let mut random = random.clone();
     let with = |user: &str, items: &str, amount: &str| {
         format!("{{\"user_id\":{user},\"number_of_items\":{items},\"total_amount\":{amount}}}")
             .into_bytes()
     };
-    // In a field that nobody reads such a depth is harmless, and the order a good one.
+    // In an unknown field such a depth is harmless, and the order is valid.
     let deep = "[".repeat(30_000);
     let closed = format!("{deep}{}", "]".repeat(30_000));
     let long = format!("\"{}\"", "x".repeat(256));
@@ -336,39 +341,38 @@ fn bad_messages(random: &fastrand::Rng, count: usize, known: &str) -> Vec<Messag
         with("\"\\ud83c\"", "1", "1"),
         b"{\"user_id\":1,\"user_id\":2,\"number_of_items\":1,\"total_amount\":1}".to_vec(),
         b"{\"user_id\":\"\xff\xfe\",\"number_of_items\":1,\"total_amount\":1}".to_vec(),
-        b"\xef\xbb\xbf{\"user_id\":1,\"number_of_items\":1,\"total_amount\":1}".to_vec(),
         b"{\"user_id\":1,\"number_of_items\":1,\"total_amount\":1}x".to_vec(),
         b"[1,1,1]".to_vec(),
         vec![b'{'; 60_000],
         (0..60_000).map(|_| random.u8(..)).collect(),
     ];
-    let mut bad = vec![Message {
-        body: with("\"somebody else\"", "1", "1"),
+    let mut invalid = vec![Message {
+        body: with("\"another user\"", "1", "1"),
         properties: properties().with_message_id(known.to_owned()),
     }];
     for number in 0..(count - 1).max(bodies.len()) {
         let body = bodies.get(number).cloned().unwrap_or_else(|| {
-            // Never by chance the begin of an object.
+            // Never the begin of a JSON object.
             let random_bytes = (0..random.usize(1..2000)).map(|_| random.u8(128..));
             random_bytes.collect()
         });
         let properties = match number % 4 {
             0 => AmqpProperties::default(),
-            1 => absurd(number),
+            1 => unusual_properties(number),
             2 => properties().with_message_id("\0".to_owned()),
             _ => properties(),
         };
-        bad.push(Message { body, properties });
+        invalid.push(Message { body, properties });
     }
-    bad
+    invalid
 }
 
 fn properties() -> AmqpProperties {
     AmqpProperties::default().with_delivery_mode(2).with_content_type("application/json".to_owned())
 }
 
-/// Nothing in them may matter, and least of all send copies elsewhere.
-fn absurd(number: usize) -> AmqpProperties {
+/// Properties that must have no effect; above all they must not send copies elsewhere.
+fn unusual_properties(number: usize) -> AmqpProperties {
     let mut table = FieldTable::default();
     for level in 0..20 {
         let mut outer = FieldTable::default();
@@ -391,7 +395,7 @@ fn absurd(number: usize) -> AmqpProperties {
         .with_type_("z".repeat(255))
 }
 
-/// As the user for people: anybody's publisher.
+/// A connection of the administrator, who may publish to any queue.
 fn connect() -> (Connection, SocketDeadline) {
     let mut env = Env::from_fn(|name| match name.strip_prefix("DRIVER_RABBITMQ_") {
         Some(rest) => Some(test_var(&format!("RABBITMQ_ADMIN_{rest}"))),
@@ -401,9 +405,9 @@ fn connect() -> (Connection, SocketDeadline) {
     config.connect("fault campaign").unwrap()
 }
 
-/// Sends them all and waits until the broker holds every one.
+/// Publishes all messages and waits until the broker has confirmed every one.
 fn publish_all(messages: impl Iterator<Item = Message>) {
-    let (mut connection, _leash) = connect();
+    let (mut connection, _deadline) = connect();
     let channel = connection.open_channel(None).unwrap();
     channel.enable_publisher_confirms().unwrap();
     let confirms = channel.listen_for_publisher_confirms().unwrap();
@@ -412,7 +416,7 @@ fn publish_all(messages: impl Iterator<Item = Message>) {
         bytes += message.body.len();
         publish(&channel, &message).unwrap();
         sent += 1;
-        // Neither too many nor too large: amiquip takes everything at once.
+        // Bounded in number and bytes: amiquip buffers without a limit.
         if sent - confirmed >= WINDOW as u64 || bytes > 4 << 20 {
             await_confirms(&confirms, sent, &mut confirmed);
             bytes = 0;
@@ -425,7 +429,7 @@ fn await_confirms(confirms: &Receiver<Confirm>, sent: u64, confirmed: &mut u64) 
     let mut open: Vec<u64> = (*confirmed + 1..=sent).collect();
     while !open.is_empty() {
         let Confirm::Ack(ack) = confirms.recv_timeout(Duration::from_secs(60)).unwrap() else {
-            panic!("the broker took no message")
+            panic!("the broker rejected a message")
         };
         open.retain(
             |tag| if ack.multiple { *tag > ack.delivery_tag } else { *tag != ack.delivery_tag },
@@ -444,16 +448,16 @@ fn publish(channel: &Channel, message: &Message) -> amiquip::Result<()> {
 }
 
 #[derive(Debug)]
-struct Letter {
+struct DeadLetter {
     key: String,
     message_id: Option<String>,
     reason: String,
     body: Vec<u8>,
 }
 
-/// All dead letters; they stay where they are.
-fn letters(queue: &str) -> Vec<Letter> {
-    let (mut connection, _leash) = connect();
+/// All dead letters; they stay in their queue.
+fn letters(queue: &str) -> Vec<DeadLetter> {
+    let (mut connection, _deadline) = connect();
     let channel = connection.open_channel(None).unwrap();
     let mut letters = Vec::new();
     while let Some(Get { delivery, .. }) = channel.basic_get(queue, false).unwrap() {
@@ -466,7 +470,7 @@ fn letters(queue: &str) -> Vec<Letter> {
         };
         let (key, reason) = (header("x-dead-letter-id"), header("x-reason"));
         let message_id = delivery.properties.message_id().clone();
-        letters.push(Letter { key, message_id, reason, body: delivery.body });
+        letters.push(DeadLetter { key, message_id, reason, body: delivery.body });
     }
     letters
 }

@@ -1,100 +1,101 @@
-//! Clients that repeat every order until it is acknowledged, through everything.
+//! Clients that repeat every order until it is acknowledged, through every fault.
 
 use std::thread;
 use std::time::Duration;
 
 use fastrand::Rng;
+use harness::load::{Load, Workload};
 
-use crate::load::{Load, What};
-use crate::outage::{set_up, suffer};
+use crate::outage::{inject_and_recover, set_up};
 use crate::platform::{Platform, Program};
-use crate::{Case, Finds, Outcome, Run, broker, database};
+use crate::{Case, ExpectedFinding, Outcome, Run, broker, database};
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "gateway-killed",
         control: "the Idempotency-Key of clients that repeat",
-        finds: Finds::Loss,
+        expects: ExpectedFinding::LostOrDuplicated,
         short: true,
         run: gateway_killed,
     },
     Case {
-        name: "repeated-through-all",
+        name: "retried-through-all-faults",
         control: "the Idempotency-Key of clients that repeat",
-        finds: Finds::Loss,
+        expects: ExpectedFinding::LostOrDuplicated,
         short: false,
-        run: repeated_through_all,
+        run: retried_through_all_faults,
     },
 ];
 
-/// At moments between publish and answer, among others.
+/// Some of the kills fall between the publishing of an order and its response.
 fn gateway_killed(run: &mut Run<'_>) -> Outcome {
-    let kills = run.either(10, 100);
-    let mut outcome = Outcome { load: "16 clients".into(), faults: kills, ..Outcome::default() };
+    let kills = run.short_or_long(10, 100);
+    let mut outcome = Outcome { faults: kills, ..Outcome::new("16 clients") };
     let mut random = run.random.clone();
-    let orders = stubborn(run, 16);
-    let memory = run.platform.watch_memory();
+    let orders = retried_orders(run, 16);
+    let memory = run.platform.sample_memory();
     for _ in 0..kills {
-        orders.flows_again_after("the gateway was killed");
+        orders.wait_for_progress_after("the kill of the gateway");
         kill_gateway(run.platform, &mut random);
     }
-    orders.flows_again_after("the gateway was killed");
-    orders.settle(run.platform, &mut outcome);
+    orders.wait_for_progress_after("the kill of the gateway");
+    run.platform.reconcile(orders, &mut outcome);
     outcome.peak_memory = memory.peak();
     outcome
 }
 
-/// Every fault of broker and database after the other, and gateway and billing killed in each.
-/// Not the deletions of the queue: what was acknowledged is gone with it.
-fn repeated_through_all(run: &mut Run<'_>) -> Outcome {
-    let mut outcome = Outcome { load: "12 clients".into(), ..Outcome::default() };
+/// Every fault of the broker and the databases, one after the other, with gateway and billing
+/// killed in each. Not the deletion of the queue, which also deletes acknowledged orders.
+fn retried_through_all_faults(run: &mut Run<'_>) -> Outcome {
+    let mut outcome = Outcome::new("12 clients");
     set_up(run, Program::Real);
     let mut random = run.random.clone();
     let platform = &*run.platform;
-    let stubborn = stubborn(run, 4);
-    let orders = Load::start(platform, What::Orders, &format!("once-{}", run.tag), 4);
-    let movies = Load::start(platform, What::Movies, &run.tag, 4);
-    let memory = platform.watch_memory();
+    let retried = retried_orders(run, 4);
+    let orders = platform.start_load(Workload::Orders, &format!("once-{}", run.tag), 4);
+    let movies = platform.start_load(Workload::Movies, &run.tag, 4);
+    let memory = platform.sample_memory();
     let all = broker::FAULTS.iter().chain(database::FAULTS);
-    // Without the key the first few are enough.
+    // For the control two are enough.
     for fault in all.take(if run.control { 2 } else { usize::MAX }) {
-        for load in [&stubborn, &orders] {
-            load.flows_again_after("the start");
+        for load in [&retried, &orders] {
+            load.wait_for_progress_after("the start");
         }
-        let gateway = platform.gateway.pid();
+        let gateway = platform.gateway().pid();
         kill_gateway(platform, &mut random);
-        let meanwhile = Duration::from_millis(random.u64(500..3_000));
+        let delay = Duration::from_millis(random.u64(500..3_000));
         thread::scope(|scope| {
             scope.spawn(|| {
-                thread::park_timeout(meanwhile);
-                platform.billing.kill();
+                thread::park_timeout(delay);
+                platform.billing().kill();
             });
-            // How it is when it lasts long, its own case shows.
+            // As short as in the short form: a case of its own has it long.
             let hold = fault.hold_ms.0;
-            suffer(run, fault, hold, &[&stubborn, &orders, &movies], gateway, &mut outcome);
+            let loads = [&retried, &orders, &movies];
+            inject_and_recover(run, fault, hold, &loads, gateway, &mut outcome);
         });
         kill_gateway(platform, &mut random);
         outcome.faults += 4;
     }
-    let mut loads = [movies, orders, stubborn];
-    // All of them, or the queue is hardly ever empty.
-    loads.iter_mut().for_each(Load::end);
+    let mut loads = [movies, orders, retried];
+    // All are stopped before the first is reconciled, or the queue is hardly ever empty.
+    loads.iter_mut().for_each(Load::stop);
     for load in loads {
-        load.settle(platform, &mut outcome);
+        platform.reconcile(load, &mut outcome);
     }
     outcome.peak_memory = memory.peak();
     outcome
 }
 
-fn stubborn(run: &Run<'_>, clients: usize) -> Load {
-    let what = match run.control {
-        false => What::StubbornOrders,
-        true => What::StubbornOrdersWithoutKey,
+fn retried_orders(run: &Run<'_>, clients: usize) -> Load {
+    let workload = match run.control {
+        false => Workload::RetriedOrders,
+        true => Workload::RetriedOrdersWithoutKey,
     };
-    Load::start(run.platform, what, &run.tag, clients)
+    run.platform.start_load(workload, &run.tag, clients)
 }
 
 fn kill_gateway(platform: &Platform, random: &mut Rng) {
     thread::park_timeout(Duration::from_millis(random.u64(0..100)));
-    platform.gateway.kill();
+    platform.gateway().kill();
 }

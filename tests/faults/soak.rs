@@ -1,133 +1,137 @@
-//! Long at 60 %: descriptors, threads and memory stay where they are.
+//! A load of 60 % for a long time: descriptors, threads and memory do not grow.
 
-use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::clients::order;
+use chassis::testing::process::open_fds;
+use harness::services::services;
+
+use crate::clients::order_request;
 use crate::overload::Generator;
-use crate::platform::{Program, descriptors, resident};
-use crate::slow::{Target, all_threads_are_back};
-use crate::{Case, Finds, Outcome, Run};
+use crate::platform::{Program, resident};
+use crate::slow_clients::{Target, wait_until_threads_end};
+use crate::{Case, ExpectedFinding, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "soak",
-    control: "giving back: an inventory that keeps 4 KB a request and a descriptor now and then",
-    finds: Finds::Fault("grew from"),
+    control: "the release of memory: an inventory that leaks 4 KB a request, and descriptors",
+    expects: ExpectedFinding::Text("grew from"),
     short: false,
     run: soak,
 }];
 
-/// The part of what can be served for long.
-const PART: f64 = 0.6;
+/// The share of the highest rate that can be sustained.
+const SHARE: f64 = 0.6;
 
-/// Samples of a run; the second and the last fifth are compared.
+/// The samples of a run; their second and their last fifth are compared.
 const SAMPLES: usize = 50;
 
-/// What is watched of a service: its name, and by how much the mean of the last fifth may
-/// be above that of the second: by a part, and by so many.
+/// What is sampled of a service: its name, and by how much the mean of the last fifth may exceed
+/// that of the second: by a share, and by a number.
 ///
-/// Threads are as many as the clients had connections in their worst moment, so these must
-/// be as before when the clients have gone.
-const WATCHED: [(&str, f64, f64); 2] = [("descriptors", 0.05, 4.0), ("KiB", 0.05, 1024.0)];
+/// Not the threads: these are as many as the clients had connections in the worst moment, so
+/// they are checked when the clients have stopped.
+const SAMPLED: [(&str, f64, f64); 2] = [("descriptors", 0.05, 4.0), ("KiB", 0.05, 1024.0)];
 
-/// Connections of each load: with more the house would be full in a bad moment, and that is
-/// what `overload` is about.
+/// Connections of each load. With more of them the limit on connections would be reached at times,
+/// which is the subject of `overload`.
 const CONNECTIONS: usize = 96;
 
 fn soak(run: &mut Run<'_>) -> Outcome {
-    // The careless service shows soon what it is.
+    // The mutant leaks fast.
     let seconds = if run.control { 30 } else { run.minutes * 60 };
     let whole = Duration::from_secs(seconds);
-    let mut outcome =
-        Outcome { load: format!("60 % for {} s", whole.as_secs()), ..Outcome::default() };
-    let address = run.platform.stack.address;
-    let target = |port| SocketAddr::from((address, port));
+    let mut outcome = Outcome::new(format!("60 % for {} s", whole.as_secs()));
+    let target = |name| run.platform.stack.socket_address(name);
     let read = "GET /api/movies?limit=20 HTTP/1.1\r\nHost: load\r\n\r\n".as_bytes();
-    let order = order(&run.tag, true);
+    let order = order_request(&run.tag, true);
     let mut loads = match run.control {
         true => {
-            run.platform.inventory.replace(Program::Careless);
-            vec![Generator::new(target(8080), read)]
+            run.platform.inventory().replace(Program::Mutant);
+            vec![Generator::new(target("inventory"), read)]
         }
-        false => vec![Generator::new(target(3000), read), Generator::new(target(3000), &order)],
+        false => {
+            vec![Generator::new(target("gateway"), read), Generator::new(target("gateway"), &order)]
+        }
     };
     for load in &mut loads {
         load.connections = CONNECTIONS;
     }
-    // Anew, so that no thread of an earlier case is counted.
+    // Restarted, so that no thread of an earlier case is counted.
     if !run.control {
-        run.platform.inventory.replace(Program::Real);
-        run.platform.gateway.replace(Program::Real);
+        run.platform.inventory().replace(Program::Real);
+        run.platform.gateway().replace(Program::Real);
         run.platform.wait_until_ready();
     }
     let platform = &*run.platform;
     let targets = ["gateway", "inventory"].map(|name| Target::new(platform, name));
-    let memory = platform.watch_memory();
+    let memory = platform.sample_memory();
     let warm = Duration::from_secs(3);
-    let part = PART / loads.len() as f64;
-    let rates: Vec<f64> = loads.iter_mut().map(|load| part * load.sustained(warm)).collect();
+    let share = SHARE / loads.len() as f64;
+    let rates: Vec<f64> = loads.iter_mut().map(|load| share * load.sustained(warm)).collect();
     let (mut due, mut good) = (0, 0);
-    let services =
-        if run.control { &["inventory"][..] } else { &["gateway", "inventory", "billing"] };
+    let names: Vec<&str> = match run.control {
+        true => vec!["inventory"],
+        false => services().iter().map(|row| row.name.as_str()).collect(),
+    };
     let mut samples: Vec<Vec<f64>> = Vec::new();
-    let begun = Instant::now();
+    let started_at = Instant::now();
     for _ in 0..SAMPLES {
-        // All at once: each takes its part of the 60 %.
+        // All at once: together they are the 60 %.
         thread::scope(|scope| {
             let started = loads
                 .iter_mut()
                 .zip(&rates)
                 .map(|(load, rate)| scope.spawn(|| load.open_loop(*rate, whole / SAMPLES as u32)));
-            for seen in started.collect::<Vec<_>>() {
-                let seen = seen.join().unwrap();
-                due += seen.due();
-                good += seen.good.len();
+            for measured in started.collect::<Vec<_>>() {
+                let measured = measured.join().unwrap();
+                due += measured.due();
+                good += measured.good.len();
             }
         });
-        let looked = services.iter().flat_map(|service| {
+        let sample = names.iter().flat_map(|service| {
             let pid = platform.pid(service);
-            [descriptors(pid) as f64, resident(pid) as f64 / 1024.0]
+            [open_fds(pid) as f64, resident(pid) as f64 / 1024.0]
         });
-        samples.push(looked.collect());
+        samples.push(sample.collect());
     }
     println!(
         "  {} samples in {:.0?}, rates {rates:.0?}/s, {good} good of {due}",
         samples.len(),
-        begun.elapsed()
+        started_at.elapsed()
     );
-    for (column, (service, (what, part, number))) in
-        services.iter().flat_map(|service| WATCHED.map(|watched| (service, watched))).enumerate()
+    for (column, (service, (what, share, number))) in
+        names.iter().flat_map(|service| SAMPLED.map(|sampled| (service, sampled))).enumerate()
     {
         let series: Vec<f64> = samples.iter().map(|sample| sample[column]).collect();
         let (before, after) = second_and_last_fifth(&series);
         println!("  {service}: {what} {before:.0} then {after:.0}");
-        if after > before * (1.0 + part) + number {
-            outcome.wrong.push(format!("{service}: {what} grew from {before:.0} to {after:.0}"));
+        if after > before * (1.0 + share) + number {
+            outcome.findings.push(format!("{service}: {what} grew from {before:.0} to {after:.0}"));
         }
     }
     outcome.peak_memory = memory.peak();
     if !run.control {
         if good * 100 < due * 99 {
-            outcome.wrong.push(format!("{good} of {due} were served"));
+            outcome.findings.push(format!("{good} of {due} requests were served in time"));
         }
         for target in &targets {
-            all_threads_are_back(platform, target);
+            wait_until_threads_end(platform, target);
         }
         let [reads, orders] = &loads[..] else { unreachable!("both loads") };
         outcome.answered = reads.good;
-        outcome.settle_equal(platform, &run.tag, orders.good, orders.sent);
-        outcome.nobody_has_ended(platform);
-        // Millions, which would slow down whatever looks at these tables after it.
-        let forget = "truncate orders, processed_messages";
-        platform.connect("BILLING_DB_NAME").batch_execute(forget).unwrap();
+        outcome.reconcile_count(platform, &run.tag, orders.good, orders.sent);
+        outcome.assert_no_unexpected_exit(platform);
+        // Millions of rows, which would slow down the queries of later cases.
+        let truncate = "truncate orders, processed_messages";
+        platform.connect("BILLING_DB_NAME").batch_execute(truncate).unwrap();
     }
     outcome
 }
 
-/// The means of these two parts.
+/// The means of the second and the last fifth.
 fn second_and_last_fifth(series: &[f64]) -> (f64, f64) {
     let fifth = series.len() / 5;
-    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+    let mean = |samples: &[f64]| samples.iter().sum::<f64>() / samples.len().max(1) as f64;
     (mean(&series[fifth..2 * fifth]), mean(&series[series.len() - fifth..]))
 }

@@ -1,158 +1,156 @@
-//! An inventory that hangs, is slow, breaks off or talks nonsense: its own requests get an
-//! honest answer in time, and those that do not need it notice nothing.
+//! An inventory that hangs, is slow, breaks off or sends garbage. Requests for it get the right
+//! error in time, and requests that do not need it are not affected.
 
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::clients::{Seen, ask, find, get, good_client, order, percentile};
+use chassis::testing::eventually;
+use harness::FakeUpstream;
+use parking_lot::Mutex;
+
+use crate::clients::{
+    ClientStats, get_request, order_request, percentile, status_of, well_behaved_client,
+};
 use crate::platform::Program;
-use crate::{Case, Finds, Outcome, Run};
+use crate::{Case, ExpectedFinding, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[Case {
-    name: "inventory-broken",
-    control: "the deadline for inventory's answers",
-    finds: Finds::Fault("no answer in"),
+    name: "inventory-faults",
+    control: "the deadline for inventory's responses",
+    expects: ExpectedFinding::Text("no response in"),
     short: true,
-    run: inventory_broken,
+    run: inventory_faults,
 }];
 
-/// The port of the inventory that is put in the real one's place.
-const STAND_IN: u16 = 8090;
+/// The port of the fake inventory.
+const FAKE_PORT: u16 = 8090;
 
-/// What is wrong with inventory, and the answers that tell: some of them must be seen, and
-/// 503 besides, when inventory is spared. 0 stands for a broken connection, which no client
-/// takes for an answer.
-const TROUBLES: [(Trouble, &[u16]); 6] = [
-    (Trouble::None, &[200]),
-    (Trouble::Stopped, &[504]),
-    (Trouble::Slow, &[200, 504]),
-    (Trouble::BreaksOff, &[502]),
-    (Trouble::BreaksOffLate, &[0, 502]),
-    (Trouble::Garbage, &[502]),
+/// How long the fake inventory waits in [`UpstreamFault::Slow`].
+const SLOW: Duration = Duration::from_secs(3);
+
+/// The faults, each with the responses that show it: one of them must be seen. 503 is allowed
+/// besides, from the bulkhead and the breaker. 0 stands for a connection that ended before the end
+/// of the response, which no client takes for a complete one.
+const FAULTS: [(UpstreamFault, &[u16]); 6] = [
+    (UpstreamFault::None, &[200]),
+    (UpstreamFault::Stopped, &[504]),
+    (UpstreamFault::Slow, &[200, 504]),
+    (UpstreamFault::BreaksOff, &[502]),
+    (UpstreamFault::BreaksOffLate, &[0, 502]),
+    (UpstreamFault::Garbage, &[502]),
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-enum Trouble {
+enum UpstreamFault {
     None,
+    /// The real inventory, stopped by SIGSTOP.
     Stopped,
     Slow,
+    /// The connection ends after the first byte of the body.
     BreaksOff,
+    /// The connection ends after 100 KB of the body: the gateway has passed on the head.
     BreaksOffLate,
     Garbage,
 }
 
-fn inventory_broken(run: &mut Run<'_>) -> Outcome {
-    // Fewer clients than places, more than may wait for inventory.
-    let (places, waiting, clients) = run.either((96, 16, 24), (256, 192, 220));
-    let deadline = Duration::from_secs(run.either(2, 5));
-    // Beyond it an answer may come so late: the short form runs on busy machines.
-    let late = Duration::from_secs(run.either(4, 1));
-    let mut outcome = Outcome { load: format!("{clients} clients"), ..Outcome::default() };
+fn inventory_faults(run: &mut Run<'_>) -> Outcome {
+    // Short form: fewer clients than connections, and more than may wait for inventory.
+    let (connections, waiting, clients) = run.short_or_long((96, 16, 24), (256, 192, 220));
+    let deadline = Duration::from_secs(run.short_or_long(2, 5));
+    // So much later than its deadline a response may come: the short form runs on busy machines.
+    let margin = Duration::from_secs(run.short_or_long(4, 1));
+    let timeout = deadline + margin;
+    let mut outcome = Outcome::new(format!("{clients} clients"));
     let address = run.platform.stack.address;
-    let stand_in = StandIn::start(SocketAddr::from((address, STAND_IN)));
+    let fake = FakeInventory::start(SocketAddr::from((address, FAKE_PORT)));
     let mut settings = run.platform.stack.clone();
-    let timeout = if run.control { 60_000 } else { deadline.as_millis() };
+    let response_timeout = if run.control { 60_000 } else { deadline.as_millis() };
     settings
-        .set("GATEWAY_HTTP_MAX_CONNECTIONS", places)
+        .set("GATEWAY_HTTP_MAX_CONNECTIONS", connections)
         .set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", waiting)
         .set("GATEWAY_PUBLISH_MAX_IN_FLIGHT", waiting)
-        .set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", timeout)
-        .set("INVENTORY_PORT", STAND_IN);
+        .set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", response_timeout)
+        .set("INVENTORY_PORT", FAKE_PORT);
     let platform = &*run.platform;
-    let gateway = SocketAddr::from((address, 3000));
-    let memory = platform.watch_memory();
+    let gateway = platform.stack.socket_address("gateway");
+    let memory = platform.sample_memory();
     let (mut acknowledged, mut sent) = (0, 0);
-    let mut before = None;
-    for (trouble, telling) in TROUBLES {
-        if run.control && !matches!(trouble, Trouble::None | Trouble::Stopped) {
+    let mut without_fault = None;
+    for (fault, shown_by) in FAULTS {
+        if run.control && !matches!(fault, UpstreamFault::None | UpstreamFault::Stopped) {
             continue;
         }
         let mut settings = settings.clone();
-        if trouble == Trouble::Stopped {
-            settings.set("INVENTORY_PORT", 8080);
+        if fault == UpstreamFault::Stopped {
+            let real = platform.stack.socket_address("inventory");
+            settings.set("INVENTORY_PORT", real.port());
         }
-        // Anew each time: what it has learned of one trouble is not for the next.
-        platform.gateway.restart(&settings, Program::Real);
-        chassis::testing::eventually("the gateway is ready", 30, || {
-            let told = ask(gateway, &get("/health/ready"), late).ok();
-            told.filter(|told| told.status == 200)
+        // Restarted each time: the state of its breaker must not be that of the fault before.
+        platform.gateway().restart(&settings, Program::Real);
+        eventually("the gateway is ready", 30, || {
+            let status = status_of(gateway, &get_request("/health/ready"), margin);
+            (status.ok()? == 200).then_some(())
         });
-        match trouble {
-            Trouble::Stopped => platform.inventory.signal("STOP"),
-            _ => stand_in.has(trouble),
+        match fault {
+            UpstreamFault::Stopped => platform.inventory().signal("STOP"),
+            _ => fake.set(fault),
         }
-        let time = match (run.control, trouble) {
-            (true, Trouble::Stopped) => deadline + late + late / 2,
-            _ => Duration::from_secs(run.either(2, 10)),
+        let time = match (run.control, fault) {
+            (true, UpstreamFault::Stopped) => timeout + margin / 2,
+            _ => Duration::from_secs(run.short_or_long(2, 10)),
         };
-        let ending = Instant::now() + time;
+        let until = Instant::now() + time;
         let movies = Mutex::new(Vec::new());
-        let patience = deadline + late;
         let (health, orders) = thread::scope(|scope| {
             for _ in 0..clients {
                 scope.spawn(|| {
-                    while Instant::now() < ending {
-                        let begun = Instant::now();
-                        let told = ask(gateway, &get("/api/movies?limit=1"), patience);
-                        let status = told.map(|told| told.status);
-                        movies.lock().unwrap().push((status, begun.elapsed()));
+                    while Instant::now() < until {
+                        let started_at = Instant::now();
+                        let request = get_request("/api/movies?limit=1");
+                        let status = status_of(gateway, &request, timeout);
+                        movies.lock().push((status, started_at.elapsed()));
                     }
                 });
             }
-            let health = scope.spawn(|| good_client(gateway, &get("/health"), ending));
-            let orders = scope.spawn(|| good_client(gateway, &order(&run.tag, false), ending));
+            let (health, order) = (get_request("/health"), order_request(&run.tag, false));
+            let health = scope.spawn(move || well_behaved_client(gateway, &health, until));
+            let orders = scope.spawn(move || well_behaved_client(gateway, &order, until));
             (health.join().unwrap(), orders.join().unwrap())
         });
-        if trouble == Trouble::Stopped {
-            platform.inventory.signal("CONT");
+        if fault == UpstreamFault::Stopped {
+            platform.inventory().signal("CONT");
         }
-        stand_in.has(Trouble::None);
-        let movies = movies.into_inner().unwrap();
-        let others = report(&format!("{trouble:?}"), &movies, &health, &orders);
-        let mut told = false;
-        for (status, time) in &movies {
-            let status = match status {
-                Ok(status) => *status,
-                Err(_) if *time < patience => 0,
-                Err(err) => {
-                    outcome.wrong.push(format!("{trouble:?}: no answer in {time:.1?}: {err}"));
-                    continue;
-                }
-            };
-            if status != 503 && !telling.contains(&status) {
-                outcome.wrong.push(format!("{trouble:?}: GET /api/movies was told {status}"));
-            }
-            told |= telling.contains(&status);
-        }
-        if !told {
-            outcome.wrong.push(format!("{trouble:?}: nobody was told any of {telling:?}"));
-        }
-        for (what, seen) in [("/health", &health), ("/api/billing", &orders)] {
-            if !seen.given_up.is_empty() || seen.times.is_empty() {
-                outcome.wrong.push(format!("{trouble:?}: {what} {:?}", seen.given_up.first()));
+        fake.set(UpstreamFault::None);
+        let movies = movies.into_inner();
+        let p99s = report(fault, &movies, &health, &orders);
+        check_movies(fault, shown_by, &movies, timeout, &mut outcome);
+        for (path, stats) in [("/health", &health), ("/api/billing", &orders)] {
+            if !stats.given_up.is_empty() || stats.times.is_empty() {
+                outcome.findings.push(format!("{fault:?}: {path} {:?}", stats.given_up.first()));
             }
         }
         outcome.answered += health.times.len();
         acknowledged += orders.times.len();
         sent += orders.times.len() + orders.repeated;
-        // Were a place behind inventory needed, it would come after the deadline.
+        // A request that needed a permit for inventory would wait until the deadline.
         if health.percentile(50) > deadline / 2 {
-            outcome.wrong.push(format!("{trouble:?}: /health waits {:?}", health.percentile(50)));
+            outcome.findings.push(format!("{fault:?}: /health takes {:?}", health.percentile(50)));
         }
-        match before {
-            None => before = Some(others),
-            Some((quick, booked)) if run.long => {
-                for (what, before, now) in
-                    [("/health", quick, others.0), ("/api/billing", booked, others.1)]
+        match without_fault {
+            None => without_fault = Some(p99s),
+            Some((health, orders)) if run.long => {
+                for (path, before, now) in
+                    [("/health", health, p99s.0), ("/api/billing", orders, p99s.1)]
                 {
                     if now > before * 2 + Duration::from_millis(50) {
-                        let told = format!("{trouble:?}: {what} p99 {now:?}, before {before:?}");
-                        outcome.wrong.push(told);
+                        let finding = format!("{fault:?}: {path} p99 {now:?}, before {before:?}");
+                        outcome.findings.push(finding);
                     }
                 }
             }
@@ -161,104 +159,108 @@ fn inventory_broken(run: &mut Run<'_>) -> Outcome {
         outcome.faults += 1;
     }
     outcome.peak_memory = memory.peak();
-    outcome.settle_equal(platform, &run.tag, acknowledged, sent);
-    outcome.nobody_has_ended(platform);
+    outcome.reconcile_count(platform, &run.tag, acknowledged, sent);
+    outcome.assert_no_unexpected_exit(platform);
     outcome
 }
 
-type Answer = (io::Result<u16>, Duration);
+/// A status or the error instead of one, and the time that it took.
+type Timed = (io::Result<u16>, Duration);
 
-/// Prints what was seen; the 99th percentiles of /health and /api/billing.
-fn report(trouble: &str, movies: &[Answer], health: &Seen, orders: &Seen) -> (Duration, Duration) {
-    let mut counts = std::collections::BTreeMap::<u16, usize>::new();
+/// Each request for movies must be answered in time by one of the expected statuses.
+fn check_movies(
+    fault: UpstreamFault,
+    shown_by: &[u16],
+    movies: &[Timed],
+    timeout: Duration,
+    outcome: &mut Outcome,
+) {
+    let mut shown = false;
+    for (status, time) in movies {
+        let status = match status {
+            Ok(status) => *status,
+            Err(_) if *time < timeout => 0,
+            Err(err) => {
+                outcome.findings.push(format!("{fault:?}: no response in {time:.1?}: {err}"));
+                continue;
+            }
+        };
+        if status != 503 && !shown_by.contains(&status) {
+            outcome.findings.push(format!("{fault:?}: GET /api/movies got {status}"));
+        }
+        shown |= shown_by.contains(&status);
+    }
+    if !shown {
+        outcome.findings.push(format!("{fault:?}: no request got one of {shown_by:?}"));
+    }
+}
+
+/// Prints the responses; returns the 99th percentiles of /health and /api/billing.
+fn report(
+    fault: UpstreamFault,
+    movies: &[Timed],
+    health: &ClientStats,
+    orders: &ClientStats,
+) -> (Duration, Duration) {
+    let mut counts = BTreeMap::<u16, usize>::new();
     for (status, _) in movies {
         *counts.entry(*status.as_ref().unwrap_or(&0)).or_default() += 1;
     }
     let times: Vec<Duration> = movies.iter().map(|(_, time)| *time).collect();
-    let (quick, booked) = (health.percentile(99), orders.percentile(99));
+    let p99s = (health.percentile(99), orders.percentile(99));
     println!(
-        "  {trouble}: movies {counts:?} p99 {:.1?}; /health {} p99 {quick:.1?}, \
-         /api/billing {} p99 {booked:.1?}",
+        "  {fault:?}: movies {counts:?} p99 {:.1?}; /health {} p99 {:.1?}, \
+         /api/billing {} p99 {:.1?}",
         percentile(&times, 99),
         health.times.len(),
+        p99s.0,
         orders.times.len(),
+        p99s.1,
     );
-    (quick, booked)
+    p99s
 }
 
-/// Something on inventory's port that is not inventory.
-struct StandIn {
-    address: SocketAddr,
-    shared: Arc<Shared>,
-    thread: Option<thread::JoinHandle<()>>,
+/// A fake inventory with a fault that can be changed.
+struct FakeInventory {
+    fault: Arc<AtomicU8>,
+    _upstream: FakeUpstream,
 }
 
-struct Shared {
-    trouble: AtomicU8,
-    ending: AtomicBool,
-}
-
-impl StandIn {
-    fn start(address: SocketAddr) -> StandIn {
-        let listener = TcpListener::bind(address).unwrap();
-        let shared = Shared { trouble: AtomicU8::new(0), ending: AtomicBool::new(false) };
-        let shared = Arc::new(shared);
-        let seen = Arc::clone(&shared);
-        let thread = thread::spawn(move || {
-            for stream in listener.incoming() {
-                if seen.ending.load(Ordering::SeqCst) {
-                    return;
-                }
-                let (Ok(stream), seen) = (stream, Arc::clone(&seen)) else { continue };
-                thread::spawn(move || while seen.answer(&stream).is_ok() {});
-            }
+impl FakeInventory {
+    fn start(address: SocketAddr) -> FakeInventory {
+        let fault = Arc::new(AtomicU8::new(UpstreamFault::None as u8));
+        let current = Arc::clone(&fault);
+        let upstream = FakeUpstream::start(address, move |stream, _| {
+            respond(stream, current.load(Ordering::SeqCst)).unwrap_or(false)
         });
-        StandIn { address, shared, thread: Some(thread) }
+        FakeInventory { fault, _upstream: upstream }
     }
 
-    fn has(&self, trouble: Trouble) {
-        self.shared.trouble.store(trouble as u8, Ordering::SeqCst);
+    fn set(&self, fault: UpstreamFault) {
+        self.fault.store(fault as u8, Ordering::SeqCst);
     }
 }
 
-impl Drop for StandIn {
-    fn drop(&mut self) {
-        self.shared.ending.store(true, Ordering::SeqCst);
-        let _ = TcpStream::connect(self.address);
-        let _ = self.thread.take().map(thread::JoinHandle::join);
+/// Answers a request as a fault says; whether the connection stays open.
+fn respond(stream: &mut TcpStream, fault: u8) -> io::Result<bool> {
+    let is = |wanted: UpstreamFault| fault == wanted as u8;
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: ";
+    if is(UpstreamFault::BreaksOff) {
+        stream.write_all(format!("{head}1000\r\n\r\n[").as_bytes())?;
+        return Ok(false);
     }
-}
-
-impl Shared {
-    /// Reads one head and answers it; an error ends the connection.
-    fn answer(&self, mut stream: &TcpStream) -> io::Result<()> {
-        let mut head = Vec::new();
-        while find(&head, b"\r\n\r\n").is_none() {
-            let mut piece = [0; 4096];
-            match stream.read(&mut piece)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                read => head.extend_from_slice(&piece[..read]),
-            }
-        }
-        let trouble = self.trouble.load(Ordering::SeqCst);
-        let is = |wanted: Trouble| trouble == wanted as u8;
-        let json = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: ";
-        if is(Trouble::BreaksOff) {
-            stream.write_all(format!("{json}1000\r\n\r\n[").as_bytes())?;
-            return Err(io::ErrorKind::ConnectionAborted.into());
-        }
-        if is(Trouble::BreaksOffLate) {
-            stream.write_all(format!("{json}200000\r\n\r\n").as_bytes())?;
-            stream.write_all(&[b' '; 100_000])?;
-            return Err(io::ErrorKind::ConnectionAborted.into());
-        }
-        if is(Trouble::Garbage) {
-            stream.write_all(b"\x00\xffmovies? what movies?\r\n\r\n")?;
-            return Err(io::ErrorKind::ConnectionAborted.into());
-        }
-        if is(Trouble::Slow) {
-            thread::park_timeout(Duration::from_secs(3));
-        }
-        stream.write_all(format!("{json}2\r\n\r\n[]").as_bytes())
+    if is(UpstreamFault::BreaksOffLate) {
+        stream.write_all(format!("{head}200000\r\n\r\n").as_bytes())?;
+        stream.write_all(&[b' '; 100_000])?;
+        return Ok(false);
     }
+    if is(UpstreamFault::Garbage) {
+        stream.write_all(b"\x00\xffmovies? what movies?\r\n\r\n")?;
+        return Ok(false);
+    }
+    if is(UpstreamFault::Slow) {
+        thread::park_timeout(SLOW);
+    }
+    stream.write_all(format!("{head}2\r\n\r\n[]").as_bytes())?;
+    Ok(true)
 }

@@ -1,44 +1,46 @@
-//! A TCP proxy that spoils what goes through it, in a way that can be changed at any moment.
+//! A TCP proxy that delays, loses, cuts and resets what goes through it.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use socket2::{SockRef, TcpKeepalive};
 
-/// What happens to what is sent.
+/// What happens to the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// It arrives.
+    /// They arrive.
     Pass,
-    /// Each piece arrives later.
+    /// Each piece arrives later by this time.
     Delay(Duration),
-    /// Connections are accepted and kept, and what one side sends is swallowed: as a firewall
-    /// does that has forgotten the connection. One that has lost something stays dead, and
-    /// nobody is told, also when this mode is over.
-    Swallow(Direction),
-    /// After so many bytes of answers the connection ends, as if that had been all.
+    /// Connections are accepted and kept, and the bytes of one direction are dropped without a
+    /// word, as by a firewall that has lost its table. A connection that has lost bytes carries
+    /// none in that direction any more, also after this mode.
+    Blackhole(Direction),
+    /// A connection ends after so many bytes of responses, as if they were complete.
     Truncate(usize),
-    /// Connections end by RST, also new ones.
+    /// Every connection ends by RST, also a new one.
     Reset,
-    /// Connections end by RST, and nobody listens any more.
+    /// Every connection ends by RST, and no new one is accepted.
     Refuse,
 }
 
-/// One of the two directions of a connection.
+/// One direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// What the client sends; the server hears nothing.
+    /// From the client to the server.
     Requests,
-    /// What the server sends: it has heard, done and answered, and the client never learns it.
-    Answers,
+    /// From the server to the client: the server has done what was asked, and the client does
+    /// not learn of it.
+    Responses,
 }
 
 /// Forwards connections until it is dropped.
-pub struct Proxy {
+pub struct TcpProxy {
     /// Where it listens.
     pub address: SocketAddr,
     shared: Arc<Shared>,
@@ -47,7 +49,7 @@ pub struct Proxy {
 
 struct Shared {
     target: SocketAddr,
-    ending: AtomicBool,
+    stopping: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -56,37 +58,37 @@ struct State {
     connections: Vec<Weak<Link>>,
 }
 
-/// Both ends of a connection; closed when nobody uses them any more.
+/// Both ends of a connection; closed when both threads that use them have ended.
 struct Link {
     client: TcpStream,
     server: TcpStream,
-    /// It has lost bytes: to go on would be a fault that no network has.
+    /// It has lost bytes. Later ones would arrive without them, which no network does.
     dead: AtomicBool,
-    /// Bytes of answers that still pass in [`Mode::Truncate`].
+    /// Bytes of responses that still pass in [`Mode::Truncate`].
     left: AtomicUsize,
 }
 
-impl Proxy {
+impl TcpProxy {
     /// Listens on a free port of `127.0.0.1`.
-    pub fn start(target: SocketAddr) -> Proxy {
-        Proxy::start_on(Ipv4Addr::LOCALHOST, target)
+    pub fn start(target: SocketAddr) -> TcpProxy {
+        TcpProxy::start_on(Ipv4Addr::LOCALHOST, target)
     }
 
     /// The same on another address of this machine.
-    pub fn start_on(address: Ipv4Addr, target: SocketAddr) -> Proxy {
+    pub fn start_on(address: Ipv4Addr, target: SocketAddr) -> TcpProxy {
         let listener = TcpListener::bind((address, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let state = State { mode: Mode::Pass, connections: Vec::new() };
         let shared =
-            Arc::new(Shared { target, ending: AtomicBool::new(false), state: Mutex::new(state) });
+            Arc::new(Shared { target, stopping: AtomicBool::new(false), state: Mutex::new(state) });
         let accepting = Arc::clone(&shared);
         let thread = thread::spawn(move || accepting.accept(listener, address));
-        Proxy { address, shared, thread: Some(thread) }
+        TcpProxy { address, shared, thread: Some(thread) }
     }
 
-    /// From now on, and for the connections that there are, this happens.
+    /// Changes what happens, also on connections that are open.
     pub fn set(&self, mode: Mode) {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         state.mode = mode;
         for link in state.connections.iter().filter_map(Weak::upgrade) {
             match mode {
@@ -99,7 +101,7 @@ impl Proxy {
         self.wake();
     }
 
-    /// Lets `accept` look up.
+    /// Makes the thread that accepts look at the mode.
     fn wake(&self) {
         let _ = TcpStream::connect(self.address);
         if let Some(thread) = &self.thread {
@@ -108,32 +110,28 @@ impl Proxy {
     }
 }
 
-impl Drop for Proxy {
+impl Drop for TcpProxy {
     fn drop(&mut self) {
-        self.shared.ending.store(true, Ordering::SeqCst);
+        self.shared.stopping.store(true, Ordering::SeqCst);
         self.set(Mode::Reset);
         let _ = self.thread.take().map(thread::JoinHandle::join);
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn mode(&self) -> Mode {
-        self.lock().mode
+        self.state.lock().mode
     }
 
     fn accept(self: &Arc<Self>, listener: TcpListener, address: SocketAddr) {
         let mut listener = Some(listener);
-        while !self.ending.load(Ordering::SeqCst) {
+        while !self.stopping.load(Ordering::SeqCst) {
             if self.mode() == Mode::Refuse {
                 listener = None;
                 thread::park_timeout(Duration::from_millis(20));
                 continue;
             }
-            // Nobody else takes a port so soon that was somebody's a moment ago; if it happens, it is seen.
+            // Another process may have taken the port meanwhile: unlikely, and this panics then.
             let listener = listener.get_or_insert_with(|| TcpListener::bind(address).unwrap());
             let Ok((client, _)) = listener.accept() else { continue };
             if matches!(self.mode(), Mode::Reset | Mode::Refuse) {
@@ -142,12 +140,12 @@ impl Shared {
             }
             let Ok(server) = TcpStream::connect(self.target) else { continue };
             let _ = (client.set_nodelay(true), server.set_nodelay(true));
-            // It notices that a client is cut off as soon as the databases do, in whose place it is.
-            let silence = TcpKeepalive::new().with_time(Duration::from_secs(5));
-            let silence = silence.with_interval(Duration::from_secs(2)).with_retries(3);
-            let _ = SockRef::from(&client).set_tcp_keepalive(&silence);
+            // It notices a dead client as soon as the databases do, in whose place it listens.
+            let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(5));
+            let keepalive = keepalive.with_interval(Duration::from_secs(2)).with_retries(3);
+            let _ = SockRef::from(&client).set_tcp_keepalive(&keepalive);
             let _ = SockRef::from(&client).set_tcp_user_timeout(Some(Duration::from_secs(10)));
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             let left = if let Mode::Truncate(bytes) = state.mode { bytes } else { 0 };
             let link =
                 Link { client, server, dead: AtomicBool::new(false), left: AtomicUsize::new(left) };
@@ -155,7 +153,7 @@ impl Shared {
             state.connections.retain(|link| link.strong_count() > 0);
             state.connections.push(Arc::downgrade(&link));
             drop(state);
-            for direction in [Direction::Requests, Direction::Answers] {
+            for direction in [Direction::Requests, Direction::Responses] {
                 let (shared, link) = (Arc::clone(self), Arc::clone(&link));
                 thread::spawn(move || shared.pump(&link, direction));
             }
@@ -166,7 +164,7 @@ impl Shared {
     fn pump(&self, link: &Link, direction: Direction) {
         let (mut from, mut to) = match direction {
             Direction::Requests => (&link.client, &link.server),
-            Direction::Answers => (&link.server, &link.client),
+            Direction::Responses => (&link.server, &link.client),
         };
         let mut piece = [0; 16 << 10];
         loop {
@@ -175,7 +173,7 @@ impl Shared {
             if matches!(mode, Mode::Reset | Mode::Refuse) {
                 return link.reset();
             }
-            if mode == Mode::Swallow(direction) && read > 0 {
+            if mode == Mode::Blackhole(direction) && read > 0 {
                 link.dead.store(true, Ordering::SeqCst);
             }
             if let Mode::Delay(time) = mode {
@@ -183,13 +181,13 @@ impl Shared {
             }
             let mut piece = &piece[..read];
             let mut last = read == 0;
-            if let (Mode::Truncate(_), Direction::Answers) = (mode, direction) {
+            if let (Mode::Truncate(_), Direction::Responses) = (mode, direction) {
                 let left = link.left.load(Ordering::SeqCst).min(read);
                 link.left.fetch_sub(left, Ordering::SeqCst);
                 last |= left < read;
                 piece = &piece[..left];
             }
-            // The end of a dead connection is not told either.
+            // The end of the stream is lost on a dead connection, too.
             let dead = link.dead.load(Ordering::SeqCst);
             if dead && last {
                 return;
@@ -201,7 +199,7 @@ impl Shared {
             if last {
                 let _ = to.shutdown(Shutdown::Write);
                 if read > 0 {
-                    // Cut in the middle: both sides, for good.
+                    // Truncated: both sides end.
                     let _ = (
                         link.client.shutdown(Shutdown::Both),
                         link.server.shutdown(Shutdown::Both),

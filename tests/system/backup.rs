@@ -1,10 +1,10 @@
-//! `provision/local backup` and `restore`: what comes back is what was there.
+//! `provision/local backup` and `restore`: the restored databases equal those that were saved.
 
 use std::path::Path;
 use std::process::Command;
 
-use chassis::testing::{TestDb, test_var};
-use postgres::{Client, NoTls};
+use chassis::testing::{TestDb, connect_as_service, test_var};
+use postgres::Client;
 
 const LOCAL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../provision/local");
 
@@ -27,12 +27,12 @@ const ORDERS: &str = r"
     insert into in_doubt (batch, digest) values (-9223372036854775808, '');";
 
 #[test]
-fn a_restored_backup_has_every_row_every_right_and_goes_on_with_the_next_id() {
+fn a_restored_backup_has_every_row_and_privilege_and_continues_with_the_next_id() {
     let template = [test_var("INVENTORY_DB_NAME"), test_var("BILLING_DB_NAME")];
     let [old, new] = [0, 1].map(|_| template.each_ref().map(|name| TestDb::new(name)));
     old[0].superuser().batch_execute(MOVIES).unwrap();
     old[1].superuser().batch_execute(ORDERS).unwrap();
-    // What is in the way of a restore must go.
+    // A row that the restore must remove.
     let other = "insert into orders (user_id, number_of_items, total_amount) values ('x', 1, 1)";
     new[1].superuser().batch_execute(other).unwrap();
 
@@ -46,14 +46,14 @@ fn a_restored_backup_has_every_row_every_right_and_goes_on_with_the_next_id() {
         assert!(before.len() > 5, "{before:?}");
         assert_eq!(before, after);
     }
-    // As the services' own roles, which may do what they do and no more.
-    let mut movies = connect("INVENTORY", &new[0].name);
+    // The services' own roles have their privileges again, and no others.
+    let mut movies = connect_as_service("INVENTORY", &new[0].name);
     let add = "insert into movies (title) values ('next') returning id";
     assert_eq!(movies.query_one(add, &[]).unwrap().get::<_, i64>(0), 9223372036854770001);
     assert!(movies.batch_execute("truncate movies").is_err());
     let deleted = movies.query_one("select delete_all_movies()", &[]).unwrap().get::<_, i64>(0);
     assert!(deleted > 90, "{deleted}");
-    let mut orders = connect("BILLING", &new[1].name);
+    let mut orders = connect_as_service("BILLING", &new[1].name);
     let add = "insert into orders (user_id, number_of_items, total_amount) values ('y', 1, 1)
         returning id";
     assert_eq!(orders.query_one(add, &[]).unwrap().get::<_, i64>(0), 5);
@@ -71,19 +71,8 @@ fn run(command: &str, directory: &Path, databases: &[TestDb; 2]) {
     assert!(done.status.success(), "{command}: {}", String::from_utf8_lossy(&done.stderr));
 }
 
-fn connect(service: &str, database: &str) -> Client {
-    postgres::Config::new()
-        .host("127.0.0.1")
-        .port(test_var("POSTGRES_PORT").parse().unwrap())
-        .user(&test_var(&format!("{service}_DB_USER")))
-        .password(test_var(&format!("{service}_DB_PASSWORD")))
-        .dbname(database)
-        .connect(NoTls)
-        .unwrap()
-}
-
-/// Each table's number of rows and hash of them in order, the migrations among them; each
-/// relation's and function's owner and rights; and where each sequence is.
+/// Of each table, the migrations among them, the number of rows and a hash of them in order; of
+/// each relation and function the owner and the privileges; of each sequence the position.
 fn content(db: &mut Client) -> Vec<String> {
     let tables = db
         .query("select tablename::text from pg_tables where schemaname = 'public' order by 1", &[]);
@@ -95,7 +84,7 @@ fn content(db: &mut Client) -> Vec<String> {
         );
         found.push(format!("{table} {}", db.query_one(&ask, &[]).unwrap().get::<_, String>(0)));
     }
-    let rights = "
+    let privileges = "
         select format('%s %s %s', relname, relowner::regrole, relacl) from pg_class
         where relnamespace = 'public'::regnamespace
         union all
@@ -104,6 +93,6 @@ fn content(db: &mut Client) -> Vec<String> {
         union all
         select format('%s at %s', sequencename, last_value) from pg_sequences
         order by 1";
-    found.extend(db.query(rights, &[]).unwrap().iter().map(|row| row.get::<_, String>(0)));
+    found.extend(db.query(privileges, &[]).unwrap().iter().map(|row| row.get::<_, String>(0)));
     found
 }

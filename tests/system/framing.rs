@@ -1,91 +1,104 @@
-//! The gateway and inventory in sequence: no stream of bytes is one request to the
-//! one and another, or two, to the other.
+//! The gateway and inventory in sequence: no stream of bytes is one request to the gateway and
+//! another, or two, to inventory (request smuggling).
 //!
-//! What inventory receives is read off the wire by a tap between the two, and off
-//! both logs. The rule: inventory never sees a request that the gateway has not
-//! read as one; and a stream gets through the gateway the answers that it gets from
-//! inventory itself, up to the first that the gateway refuses on its own. That one is
-//! the last, and of the same status class, save for a 431: inventory has room for the
-//! fields that the gateway adds.
+//! A recorder between the two keeps the bytes that inventory receives, and both services log the
+//! requests that they read. Two rules are checked. Inventory never reads a request that the
+//! gateway has not read. And a stream gets the same responses through the gateway as from
+//! inventory itself, up to the first that the gateway rejects by itself; that response is the
+//! last and has the same status class, except for 431: inventory accepts more header fields,
+//! because the gateway adds some.
 
 use std::collections::BTreeSet;
-use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use chassis::testing::http::raw;
 use chassis::testing::{TestDb, eventually, http_corpus as corpus, test_var};
+use harness::bodies::movie;
+use harness::{Service, Stack, agent, get, post};
+use parking_lot::Mutex;
 
-use harness::{Service, Stack, agent, post};
+/// The port of the recorder that listens in inventory's place.
+const RECORDER_PORT: u16 = 8090;
 
-/// Where the tap listens, in the place of inventory.
-const TAP: u16 = 8090;
-
+/// The title of the only movie: no stream may change it, or add another.
 const SENTINEL: &str = "the sentinel";
 
-/// Inventory with a database of its own; what stands in front of it is a test's choice.
-struct Catalogue {
+/// Inventory with a database of its own, which has one movie.
+struct InventoryFixture {
     stack: Stack,
     inventory: Service,
     _db: TestDb,
 }
 
-impl Catalogue {
-    /// With one movie in it.
-    fn start() -> Catalogue {
+impl InventoryFixture {
+    fn start() -> InventoryFixture {
         let db = TestDb::new(&test_var("INVENTORY_DB_NAME"));
         let mut stack = Stack::new();
         stack.set("INVENTORY_DB_NAME", &db.name);
         let inventory = stack.start_and_wait("inventory");
-        let catalogue = Catalogue { stack, inventory, _db: db };
-        let url = format!("http://{}/api/movies", catalogue.address());
-        let (status, _) = post(&agent(), &url, &format!("{{\"title\":\"{SENTINEL}\"}}")).unwrap();
+        let fixture = InventoryFixture { stack, inventory, _db: db };
+        let (status, _) = post(&agent(), &fixture.movies_url(), &movie(SENTINEL, "")).unwrap();
         assert_eq!(status, 201);
-        catalogue
+        fixture
     }
 
-    fn address(&self) -> SocketAddr {
-        (self.stack.address, 8080).into()
+    fn inventory_address(&self) -> SocketAddr {
+        self.stack.socket_address("inventory")
     }
 
-    /// All titles there are.
+    fn gateway_address(&self) -> SocketAddr {
+        self.stack.socket_address("gateway")
+    }
+
+    /// Inventory's own, past the gateway.
+    fn movies_url(&self) -> String {
+        format!("{}/api/movies", self.stack.service_url("inventory"))
+    }
+
+    /// The titles of all movies.
     fn titles(&self) -> Vec<String> {
-        let mut answer =
-            agent().get(format!("http://{}/api/movies", self.address())).call().unwrap();
-        let movies: serde_json::Value =
-            serde_json::from_str(&answer.body_mut().read_to_string().unwrap()).unwrap();
+        let movies = get(&self.movies_url()).unwrap().json();
         let title = |movie: &serde_json::Value| movie["title"].as_str().unwrap().to_owned();
         movies.as_array().unwrap().iter().map(title).collect()
     }
 
-    /// The gateway in front of the tap in front of inventory, with one place for a
-    /// connection to keep: every request goes the way of the one before it.
-    fn gateway(&self) -> (Service, Tap) {
-        let tap = Tap::start((self.stack.address, TAP).into(), self.address());
-        let mut stack = self.stack.clone();
-        stack.set("INVENTORY_PORT", TAP);
-        stack.set("RABBITMQ_HOST", stack.address);
-        stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 1);
-        (stack.start_and_wait("gateway"), tap)
+    /// Requests that inventory has counted, by a label.
+    fn requests_counted(&self, label: &str) -> u64 {
+        let address = self.stack.metrics_address("inventory");
+        let text = get(&format!("http://{address}/metrics")).unwrap().body;
+        let lines = text.lines().filter(|line| line.starts_with("http_requests_total{"));
+        let numbers = lines.filter(|line| line.contains(label));
+        numbers.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
 
-    fn door(&self) -> SocketAddr {
-        (self.stack.address, 3000).into()
+    /// A gateway in front of a recorder in front of inventory. It keeps one connection, so that
+    /// every request uses the connection of the one before it.
+    fn gateway(&self) -> (Service, Recorder) {
+        let recorder =
+            Recorder::start((self.stack.address, RECORDER_PORT).into(), self.inventory_address());
+        let mut stack = self.stack.clone();
+        stack.set("INVENTORY_PORT", RECORDER_PORT);
+        stack.set("RABBITMQ_HOST", stack.address);
+        stack.set("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 1);
+        (stack.start_and_wait("gateway"), recorder)
     }
 }
 
-/// Method, target, id and body.
-type Sent = (String, String, String, Vec<u8>);
+/// Method, target, request id and body.
+type Recorded = (String, String, String, Vec<u8>);
 
-/// A relay that keeps what goes to inventory, one entry a connection.
-struct Tap {
+/// A relay that keeps the bytes that go to inventory, one entry a connection.
+struct Recorder {
     sent: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
-impl Tap {
-    fn start(listen: SocketAddr, to: SocketAddr) -> Tap {
+impl Recorder {
+    fn start(listen: SocketAddr, to: SocketAddr) -> Recorder {
         let listener = TcpListener::bind(listen).unwrap();
         let sent = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&sent);
@@ -96,7 +109,7 @@ impl Tap {
                     (to.try_clone().unwrap(), from.try_clone().unwrap());
                 let seen = Arc::clone(&seen);
                 let number = {
-                    let mut seen = seen.lock().unwrap();
+                    let mut seen = seen.lock();
                     seen.push(Vec::new());
                     seen.len() - 1
                 };
@@ -107,8 +120,8 @@ impl Tap {
                 thread::spawn(move || {
                     let mut piece = vec![0; 64 << 10];
                     while let Ok(read @ 1..) = from.read(&mut piece) {
-                        // Before it is passed on: whoever has the answer finds the question here.
-                        seen.lock().unwrap()[number].extend(&piece[..read]);
+                        // Recorded before it is passed on: who has the response finds the request.
+                        seen.lock()[number].extend(&piece[..read]);
                         if to.write_all(&piece[..read]).is_err() {
                             break;
                         }
@@ -117,22 +130,22 @@ impl Tap {
                 });
             }
         });
-        Tap { sent }
+        Recorder { sent }
     }
 
-    /// Every request of each connection, by the reading that RFC 9112 has for
-    /// a request with a Content-Length or without a body; the gateway sends no other.
-    fn requests(&self) -> Vec<Vec<Sent>> {
-        let connections = self.sent.lock().unwrap().clone();
+    /// Every request of each connection, read as RFC 9112 says for a request with a
+    /// Content-Length or without a body; the gateway sends no other.
+    fn requests(&self) -> Vec<Vec<Recorded>> {
+        let connections = self.sent.lock().clone();
         connections.iter().map(|bytes| requests_of(bytes)).collect()
     }
 }
 
-fn requests_of(mut bytes: &[u8]) -> Vec<Sent> {
+fn requests_of(mut bytes: &[u8]) -> Vec<Recorded> {
     let mut requests = Vec::new();
     while !bytes.is_empty() {
         let end = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
-        let head = str::from_utf8(&bytes[..end]).unwrap();
+        let head = String::from_utf8_lossy(&bytes[..end]);
         let field = |wanted: &str| -> Vec<&str> {
             let fields = head.lines().skip(1).filter_map(|line| line.split_once(": "));
             let named = fields.filter(|(name, _)| name.eq_ignore_ascii_case(wanted));
@@ -152,44 +165,31 @@ fn requests_of(mut bytes: &[u8]) -> Vec<Sent> {
     requests
 }
 
-/// All that comes back for `sent` and the end of the stream.
-fn exchange(address: SocketAddr, sent: &[u8]) -> String {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    // A server that refuses early may close before all is sent.
-    let _ = stream.write_all(sent);
-    let _ = stream.shutdown(Shutdown::Write);
-    let mut bytes = Vec::new();
-    match stream.read_to_end(&mut bytes) {
-        Err(err) if err.kind() != ErrorKind::ConnectionReset => panic!("{err}"),
-        _ => String::from_utf8_lossy(&bytes).into_owned(),
-    }
-}
-
-/// The status codes of the answers, in order, without those that only say "go on".
+/// The status codes of the responses, in order, without 100 Continue.
 fn statuses(answers: &str) -> Vec<u16> {
     let after = answers.split("HTTP/1.1 ").skip(1);
-    // Problem texts may speak of HTTP/1.1 too.
+    // The text of a problem may contain "HTTP/1.1 ", too.
     let codes = after.filter_map(|answer| answer.get(..3)?.parse().ok());
     codes.filter(|code| *code >= 200).collect()
 }
 
-/// A question that only one answer can belong to, and whether `answers` ends with that.
+/// A request whose response is recognised by its id.
 struct Canary {
     id: String,
-    ask: String,
+    request: String,
 }
 
 impl Canary {
     fn new() -> Canary {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let id = format!("canary-{}", NEXT.fetch_add(1, Ordering::SeqCst));
-        let ask = format!(
+        let request = format!(
             "GET /api/movies?title=sentinel&{id} HTTP/1.1\r\nHost: h\r\nX-Request-Id: {id}\r\n\r\n"
         );
-        Canary { id, ask }
+        Canary { id, request }
     }
 
+    /// Whether the last of these responses is the one to this request.
     fn is_answered_by(&self, answers: &str) -> bool {
         let last = answers.rsplit("HTTP/1.1 200 OK\r\n").next().unwrap_or_default();
         let lower = last.to_ascii_lowercase();
@@ -214,7 +214,8 @@ fn streams() -> Vec<(&'static str, Vec<u8>)> {
     corpus::streams().into_iter().map(|(name, sent, _)| (name, movies(sent))).collect()
 }
 
-/// Requests that carry others in their bodies, or what somebody might take for a body.
+/// Requests that carry another request in their bodies, or in bytes that a lenient server
+/// would take for a body.
 fn attacks() -> Vec<(String, String)> {
     let inner = [
         "DELETE /api/movies HTTP/1.1\r\nHost: h\r\n\r\n".to_owned(),
@@ -230,7 +231,7 @@ fn attacks() -> Vec<(String, String)> {
             let sent = format!("{line} HTTP/1.1\r\nHost: h\r\n{fields}\r\n{body}");
             attacks.push((name.to_owned(), sent));
         };
-        // Sound requests whose body is a request: it stays one.
+        // Valid requests whose body is a request: they stay one request.
         let sized = format!("Content-Length: {length}\r\n");
         for line in [
             "POST /api/movies",
@@ -370,29 +371,29 @@ fn attacks() -> Vec<(String, String)> {
     attacks
 }
 
-/// Sends every attack to `door`, each followed by a canary in the same stream and one on
-/// a connection of its own; tells what is amiss.
-fn attack(catalogue: &Catalogue, door: SocketAddr) -> Vec<String> {
+/// Sends every attack to `target`, each followed by a canary in the same stream and by one on a
+/// connection of its own; returns what was smuggled or answered wrongly.
+fn attack(fixture: &InventoryFixture, target: SocketAddr) -> Vec<String> {
     let mut findings = Vec::new();
     for (name, sent) in attacks() {
         let (first, second) = (Canary::new(), Canary::new());
-        let answers = exchange(door, format!("{sent}{}", first.ask).as_bytes());
+        let answers = raw(target, format!("{sent}{}", first.request).as_bytes());
         let statuses = statuses(&answers);
-        // The attack's own answer, and the canary's unless the attack was refused.
-        let sound = match statuses.as_slice() {
-            [refused] => *refused >= 400 || sent.contains("close"),
+        // The response to the attack, and that to the canary unless the attack was rejected.
+        let valid = match statuses.as_slice() {
+            [rejected] => *rejected >= 400 || sent.contains("close"),
             [_, 200] => first.is_answered_by(&answers),
             _ => false,
         };
-        if !sound {
+        if !valid {
             findings.push(format!("{name}: {answers}"));
         }
-        let answer = exchange(door, second.ask.as_bytes());
+        let answer = raw(target, second.request.as_bytes());
         if !second.is_answered_by(&answer) {
             findings.push(format!("{name}: the next client got {answer}"));
         }
-        if catalogue.titles() != [SENTINEL] {
-            findings.push(format!("{name}: the movies are {:?}", catalogue.titles()));
+        if fixture.titles() != [SENTINEL] {
+            findings.push(format!("{name}: the movies are {:?}", fixture.titles()));
             break;
         }
     }
@@ -413,54 +414,47 @@ fn logged(service: &Service) -> BTreeSet<String> {
         .collect()
 }
 
-/// Requests that a service has counted, by the value of one label.
-fn counted(address: Ipv4Addr, port: u16, label: &str) -> u64 {
-    let mut answer = agent().get(format!("http://{address}:{port}/metrics")).call().unwrap();
-    let text = answer.body_mut().read_to_string().unwrap();
-    let lines = text.lines().filter(|line| line.starts_with("http_requests_total{"));
-    let numbers = lines.filter(|line| line.contains(label));
-    numbers.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
-}
-
-/// What inventory received by way of the gateway is what the gateway read.
-fn nothing_else_went_through(gateway: &Service, catalogue: &Catalogue, tap: &Tap) {
-    let connections = tap.requests();
+/// Checks that inventory has read, of the requests that came from the gateway, exactly those that
+/// the gateway has read.
+fn assert_same_requests_read(gateway: &Service, fixture: &InventoryFixture, recorder: &Recorder) {
+    let connections = recorder.requests();
     let requests: Vec<_> = connections.iter().flatten().collect();
-    let tapped: BTreeSet<&str> = requests.iter().map(|(_, _, id, _)| id.as_str()).collect();
-    assert_eq!(tapped.len(), requests.len(), "one was sent twice");
-    // A line is written after the answer.
-    let log_of = |service: &Service, what: &str| {
-        eventually(format!("all that was sent is in {what}'s log"), 20, || {
+    let recorded: BTreeSet<&str> = requests.iter().map(|(_, _, id, _)| id.as_str()).collect();
+    assert_eq!(recorded.len(), requests.len(), "one was sent twice");
+    // A service logs a request after its response.
+    let log_of = |service: &Service, name: &str| {
+        eventually(format!("all that was sent is in {name}'s log"), 20, || {
             let lines = logged(service);
             let ids = lines.iter().filter_map(|line| line.split("id=").nth(1)).collect();
-            tapped.is_subset(&ids).then(|| lines.clone())
+            recorded.is_subset(&ids).then(|| lines.clone())
         })
     };
     let by_gateway = log_of(gateway, "the gateway");
-    let by_inventory = log_of(&catalogue.inventory, "inventory");
+    let by_inventory = log_of(&fixture.inventory, "inventory");
     let through: Vec<&String> = by_inventory
         .iter()
-        .filter(|line| line.split("id=").nth(1).is_some_and(|id| tapped.contains(id)))
+        .filter(|line| line.split("id=").nth(1).is_some_and(|id| recorded.contains(id)))
         .collect();
     assert_eq!(through.len(), requests.len(), "inventory read another number of requests");
     for line in through {
         assert!(by_gateway.contains(line), "inventory read {line}, and the gateway did not");
     }
-    // A connection serves many: what one left behind would have met the next.
+    // Each connection carried many requests: bytes left over by one would have become a part of
+    // the next.
     assert!(connections.len() * 4 < requests.len(), "{} connections", connections.len());
 }
 
 #[test]
-fn a_stream_gets_through_the_gateway_what_it_gets_from_inventory() {
-    let catalogue = Catalogue::start();
-    let (gateway, tap) = catalogue.gateway();
+fn a_stream_gets_the_same_responses_through_the_gateway_as_from_inventory() {
+    let fixture = InventoryFixture::start();
+    let (gateway, recorder) = fixture.gateway();
     for (name, sent) in streams() {
         for pipelined in [false, true] {
             let (canary, after) = (Canary::new(), Canary::new());
-            let tail = if pipelined { canary.ask.as_bytes() } else { b"" };
+            let tail = if pipelined { canary.request.as_bytes() } else { b"" };
             let sent = [&sent, tail].concat();
             let (direct, through) =
-                (exchange(catalogue.address(), &sent), exchange(catalogue.door(), &sent));
+                (raw(fixture.inventory_address(), &sent), raw(fixture.gateway_address(), &sent));
             let (direct, through) = (statuses(&direct), statuses(&through));
             let (last, before) = through.split_last().unwrap();
             let same = through == direct
@@ -470,45 +464,46 @@ fn a_stream_gets_through_the_gateway_what_it_gets_from_inventory() {
                         .get(before.len())
                         .is_some_and(|status| *last == 431 || status / 100 == last / 100);
             assert!(same, "{name}: {through:?} through the gateway, {direct:?} from inventory");
-            let answer = exchange(catalogue.door(), after.ask.as_bytes());
+            let answer = raw(fixture.gateway_address(), after.request.as_bytes());
             assert!(after.is_answered_by(&answer), "{name}: the next client got {answer}");
         }
     }
-    nothing_else_went_through(&gateway, &catalogue, &tap);
-    assert_eq!(catalogue.titles(), [SENTINEL]);
+    assert_same_requests_read(&gateway, &fixture, &recorder);
+    assert_eq!(fixture.titles(), [SENTINEL]);
 }
 
 #[test]
 fn no_request_is_smuggled_through_the_gateway() {
-    let catalogue = Catalogue::start();
-    let (gateway, tap) = catalogue.gateway();
-    let before = counted(catalogue.stack.address, 9302, "");
-    let findings = attack(&catalogue, catalogue.door());
+    let fixture = InventoryFixture::start();
+    let (gateway, recorder) = fixture.gateway();
+    let before = fixture.requests_counted("");
+    let findings = attack(&fixture, fixture.gateway_address());
     assert!(findings.is_empty(), "{}", findings.join("\n"));
-    nothing_else_went_through(&gateway, &catalogue, &tap);
-    // Once an attack the test itself asked for the titles.
-    let forwarded: usize = tap.requests().iter().map(Vec::len).sum();
+    assert_same_requests_read(&gateway, &fixture, &recorder);
+    // `attack` itself reads the titles once after each attack.
+    let forwarded: usize = recorder.requests().iter().map(Vec::len).sum();
     let expected = before + (forwarded + attacks().len()) as u64;
-    let counts = || counted(catalogue.stack.address, 9302, "");
-    // It counts a moment after its answer.
-    eventually("inventory has counted all", 20, || (counts() >= expected).then_some(()));
-    assert_eq!(counts(), expected);
-    assert_eq!(counted(catalogue.stack.address, 9302, "method=\"-\""), 0, "one made no sense");
+    // A service counts a request after its response.
+    eventually("inventory has counted all requests", 20, || {
+        (fixture.requests_counted("") >= expected).then_some(())
+    });
+    assert_eq!(fixture.requests_counted(""), expected);
+    assert_eq!(fixture.requests_counted("method=\"-\""), 0, "inventory got a malformed request");
 }
 
 #[test]
-fn through_a_careless_proxy_the_same_attacks_are_found_out() {
-    let catalogue = Catalogue::start();
-    let door = careless_proxy((catalogue.stack.address, 3000).into(), catalogue.address());
-    let findings = attack(&catalogue, door);
-    assert!(!findings.is_empty(), "the attacks would not show");
+fn the_same_attacks_succeed_through_a_proxy_that_trusts_content_length() {
+    let fixture = InventoryFixture::start();
+    let proxy = lenient_proxy(fixture.gateway_address(), fixture.inventory_address());
+    let findings = attack(&fixture, proxy);
+    assert!(!findings.is_empty(), "no attack had an effect");
     let smuggled = findings.iter().any(|finding| finding.contains("the movies are"));
     assert!(smuggled, "nothing was smuggled: {findings:?}");
 }
 
-/// Trusts Content-Length, knows no other framing, and drops what `Connection` names:
-/// one connection to `upstream` for all clients.
-fn careless_proxy(listen: SocketAddr, upstream: SocketAddr) -> SocketAddr {
+/// A proxy that uses Content-Length and no other framing, and drops the fields that `Connection`
+/// names. It has one connection to `upstream` for all clients.
+fn lenient_proxy(listen: SocketAddr, upstream: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind(listen).unwrap();
     thread::spawn(move || {
         let mut pooled = TcpStream::connect(upstream).unwrap();
@@ -537,7 +532,7 @@ fn careless_proxy(listen: SocketAddr, upstream: SocketAddr) -> SocketAddr {
     listen
 }
 
-/// A head, and as many bytes as its Content-Length says.
+/// A head, and as many bytes as its Content-Length announces.
 fn read_message(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
     stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
     let (mut head, mut byte) = (Vec::new(), [0]);

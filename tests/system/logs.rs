@@ -1,108 +1,100 @@
-//! The log in trouble: its disk full, its pipe closed or unread, rotated under load.
+//! The log under bad conditions: a full disk, a closed or unread pipe, rotation under load.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, pipe};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 
-use chassis::testing::eventually;
+use chassis::testing::{eventually, unique_name};
+use harness::services::services;
+use harness::{Service, Stack, agent};
 
-use harness::{Stack, agent};
-
-const SERVICES: [&str; 3] = ["gateway", "inventory", "billing"];
-
-/// A service whose log goes where a test wants it; killed when it is dropped.
+/// A service whose log goes where a test wants it.
 struct Logging {
-    child: Child,
-    url: String,
-    metrics: String,
+    service: Service,
+    stack: Stack,
+    name: &'static str,
 }
 
 impl Logging {
-    fn start(stack: &Stack, service: &str, log: impl Into<Stdio>) -> Logging {
-        Logging::launch(stack, service, stack.command(service).stderr(log))
+    fn start(name: &'static str, log: impl Into<Stdio>) -> Logging {
+        let stack = Stack::new();
+        let command = stack.command(name);
+        Logging::launch(stack, name, command, log)
     }
 
-    fn launch(stack: &Stack, service: &str, command: &mut Command) -> Logging {
-        let metrics = &stack.env[&format!("{}_METRICS_LISTEN", service.to_uppercase())];
-        let child = command.spawn().unwrap();
-        let url = stack.service_url(service);
-        let mut started = Logging { child, url, metrics: format!("http://{metrics}/metrics") };
-        let url = format!("{}/health", started.url);
-        eventually(format!("{service} answers"), 30, || {
-            assert!(started.child.try_wait().unwrap().is_none(), "{service} has ended");
-            agent().get(&url).call().ok()
-        });
-        started
+    fn launch(
+        stack: Stack,
+        name: &'static str,
+        mut command: Command,
+        log: impl Into<Stdio>,
+    ) -> Logging {
+        let mut service = Service::start_with_log(&mut command, log);
+        stack.wait_until_live(name, &mut service);
+        Logging { service, stack, name }
     }
 
     fn dropped(&self) -> u64 {
-        let text = agent().get(&self.metrics).call().unwrap().body_mut().read_to_string().unwrap();
-        let line = text.lines().find(|line| line.starts_with("log_lines_dropped_total "));
-        line.and_then(|line| line.split(' ').nth(1)).unwrap().parse().unwrap()
+        self.stack.metric(self.name, "log_lines_dropped_total") as u64
     }
 
     /// Each of these requests is answered, and is one line of the log.
-    fn ask(&self, times: usize, path: &str) {
-        let (agent, url) = (agent(), format!("{}{path}", self.url));
+    fn request(&self, times: usize, path: &str) {
+        let (agent, url) = (agent(), format!("{}{path}", self.stack.service_url(self.name)));
         for _ in 0..times {
             assert_eq!(agent.get(&url).call().unwrap().status(), 404);
         }
     }
 
     fn stop(&mut self) -> ExitStatus {
-        let status = Command::new("kill").arg(self.child.id().to_string()).status();
-        assert!(status.unwrap().success());
-        eventually("it stops", 20, || self.child.try_wait().unwrap())
+        self.service.terminate()
     }
 }
 
-impl Drop for Logging {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// The names of all services.
+fn names() -> impl Iterator<Item = &'static str> {
+    services().iter().map(|row| row.name.as_str())
 }
 
 #[test]
-fn a_full_disk_or_a_closed_pipe_under_the_log_stops_no_service() {
-    for service in SERVICES {
-        for gone in ["disk", "pipe"] {
-            let log = match gone {
-                "disk" => Stdio::from(File::options().write(true).open("/dev/full").unwrap()),
+fn a_service_goes_on_when_its_log_is_a_full_disk_or_a_closed_pipe() {
+    for service in names() {
+        for log_to in ["full disk", "closed pipe"] {
+            let log = match log_to {
+                "full disk" => Stdio::from(File::options().write(true).open("/dev/full").unwrap()),
                 _ => Stdio::from(pipe().unwrap().1),
             };
-            let mut running = Logging::start(&Stack::new(), service, log);
-            running.ask(50, "/nothing");
-            eventually(format!("{service} counts the lines, {gone}"), 20, || {
+            let mut running = Logging::start(service, log);
+            running.request(50, "/nothing");
+            eventually(format!("{service} counts the lost lines, {log_to}"), 20, || {
                 (running.dropped() >= 50).then_some(())
             });
-            assert!(running.stop().success(), "{service}, {gone}");
+            assert!(running.stop().success(), "{service}, {log_to}");
         }
     }
 }
 
 #[test]
-fn a_disk_that_is_full_in_the_middle_of_a_line_and_then_has_room_tears_no_line() {
+fn a_disk_that_fills_up_in_the_middle_of_a_line_leaves_no_torn_line() {
     let stack = Stack::new();
     let path = std::env::temp_dir().join(format!("matinee-{}-full.log", stack.address));
-    // A limit on the file's size takes the begin of a line, as a full disk does.
+    // A limit on the file's size cuts a line in its middle, as a full disk does.
     let gateway = stack.command("gateway");
     let mut command = Command::new("env");
     command.envs(&stack.env).args(["--ignore-signal=XFSZ", "prlimit", "--fsize=20000:unlimited"]);
-    command.arg(gateway.get_program()).stdout(Stdio::null()).stderr(File::create(&path).unwrap());
-    let mut running = Logging::launch(&stack, "gateway", &mut command);
+    command.arg(gateway.get_program());
+    let mut running = Logging::launch(stack, "gateway", command, File::create(&path).unwrap());
     let size = || fs::metadata(&path).unwrap().len();
-    let mut asked = 0;
+    let mut requests = 0;
     eventually("the disk is full", 30, || {
-        running.ask(20, "/before");
-        asked += 20;
+        running.request(20, "/before");
+        requests += 20;
         (running.dropped() > 0).then_some(())
     });
     assert_eq!(size(), 20_000);
-    let more = ["--fsize=unlimited", "--pid", &running.child.id().to_string()];
+    let more = ["--fsize=unlimited", "--pid", &running.service.pid().to_string()];
     assert!(Command::new("prlimit").args(more).status().unwrap().success());
-    running.ask(20, "/after");
+    running.request(20, "/after");
     let dropped = running.dropped();
     assert!(running.stop().success());
 
@@ -112,32 +104,33 @@ fn a_disk_that_is_full_in_the_middle_of_a_line_and_then_has_room_tears_no_line()
     text.lines().for_each(assert_whole);
     let lines = |path: &str| text.lines().filter(|line| line.contains(path)).count();
     assert_eq!(lines("GET /after"), 20);
-    assert_eq!(lines("GET /before") as u64 + dropped, asked);
+    assert_eq!(lines("GET /before") as u64 + dropped, requests);
 }
 
 #[test]
-fn a_service_that_cannot_start_says_so_also_where_nobody_can_read_it() {
-    for service in SERVICES {
+fn a_service_that_cannot_start_exits_with_its_reason_and_also_when_it_cannot_log() {
+    for service in names() {
         let mut stack = Stack::new();
-        // Of RFC 5737, for documentation: no machine has it.
+        // An address for documentation (RFC 5737): no machine has it.
         stack.set(&format!("{}_HOST", service.to_uppercase()), "192.0.2.1");
-        let told = stack.command(service).stderr(Stdio::piped()).output().unwrap();
-        let text = String::from_utf8(told.stderr).unwrap();
-        assert!(told.status.code() == Some(1) && text.contains("192.0.2.1"), "{service}: {text}");
+        let output = stack.command(service).stderr(Stdio::piped()).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(1) && text.contains("192.0.2.1"), "{service}: {text}");
         let full = File::options().write(true).open("/dev/full").unwrap();
         assert_eq!(stack.command(service).stderr(full).status().unwrap().code(), Some(1));
     }
 }
 
-/// More than the pipe (64 KiB) and the service's own memory for it hold together.
+/// Requests whose lines, of 3 KB each, are more than the pipe (64 KiB) and the service's own
+/// buffer hold together.
 const UNREAD: usize = 400;
 
 #[test]
-fn a_reader_of_the_log_that_has_stopped_stops_no_service() {
-    for service in SERVICES {
+fn a_service_goes_on_when_its_log_is_not_read() {
+    for service in names() {
         let (reader, writer) = pipe().unwrap();
-        let mut running = Logging::start(&Stack::new(), service, writer);
-        running.ask(UNREAD, &format!("/{}", "x".repeat(3000)));
+        let mut running = Logging::start(service, writer);
+        running.request(UNREAD, &format!("/{}", "x".repeat(3000)));
         assert!(running.dropped() > 0, "{service}");
         assert!(running.stop().success(), "{service}");
         for line in BufReader::new(reader).lines() {
@@ -147,17 +140,17 @@ fn a_reader_of_the_log_that_has_stopped_stops_no_service() {
 }
 
 #[test]
-fn when_the_log_is_read_again_it_says_how_much_is_missing() {
+fn after_a_stall_the_log_reports_the_number_of_dropped_lines() {
     let (reader, writer) = pipe().unwrap();
-    let mut gateway = Logging::start(&Stack::new(), "gateway", writer);
-    gateway.ask(UNREAD, &format!("/{}", "x".repeat(3000)));
+    let mut gateway = Logging::start("gateway", writer);
+    gateway.request(UNREAD, &format!("/{}", "x".repeat(3000)));
     assert!(gateway.dropped() > 0);
 
     let reading = thread::spawn(move || {
         let lines = BufReader::new(reader).lines().map(Result::unwrap);
         lines.inspect(|line| assert_whole(line)).collect::<Vec<String>>()
     });
-    gateway.ask(UNREAD, "/short");
+    gateway.request(UNREAD, "/short");
     let dropped = gateway.dropped();
     assert!(gateway.stop().success());
     let lines = reading.join().unwrap();
@@ -168,19 +161,18 @@ fn when_the_log_is_read_again_it_says_how_much_is_missing() {
 }
 
 #[test]
-fn lines_of_two_processes_under_load_are_whole_also_when_the_log_is_rotated() {
+fn two_processes_that_share_a_log_write_whole_lines_also_while_it_is_rotated() {
     let (mut reader, writer) = pipe().unwrap();
-    let stack = Stack::new();
-    let path = std::env::temp_dir().join(format!("matinee-{}-rotated.log", stack.address));
+    let path = std::env::temp_dir().join(format!("{}.log", unique_name("matinee-rotated")));
     let renamed = path.with_extension("1");
     let open = || File::options().create(true).append(true).open(&path).unwrap();
 
-    // The same line to a pipe and to a file; each of them is shared by two processes.
+    // Two processes write to a pipe, two to a file.
     let mut running = [
-        Logging::start(&stack, "gateway", writer.try_clone().unwrap()),
-        Logging::start(&Stack::new(), "gateway", writer),
-        Logging::start(&Stack::new(), "gateway", open()),
-        Logging::start(&Stack::new(), "gateway", open()),
+        Logging::start("gateway", writer.try_clone().unwrap()),
+        Logging::start("gateway", writer),
+        Logging::start("gateway", open()),
+        Logging::start("gateway", open()),
     ];
     let piped = thread::spawn(move || {
         let mut text = String::new();
@@ -192,18 +184,18 @@ fn lines_of_two_processes_under_load_are_whole_also_when_the_log_is_rotated() {
             for (number, gateway) in running.iter().enumerate() {
                 for length in [0, 80, 1500, 5000] {
                     let path = format!("/{number}{}%F0%9F%8E%AC", "y".repeat(length));
-                    scope.spawn(move || gateway.ask(100, &path));
+                    scope.spawn(move || gateway.request(100, &path));
                 }
             }
         });
     };
     thread::scope(|scope| {
         scope.spawn(|| load(&running));
-        // Moved away, as logrotate does it; the services go on in the same file.
+        // Renamed, as by logrotate; the services keep writing to the same file.
         fs::rename(&path, &renamed).unwrap();
         let size = || fs::metadata(&renamed).unwrap().len();
         eventually("some of it is written", 30, || (size() > 50_000).then_some(()));
-        // Emptied in place, as PM2's module and `copytruncate` do it.
+        // Truncated, as by PM2's pm2-logrotate and by `copytruncate`.
         File::options().write(true).open(&renamed).unwrap().set_len(0).unwrap();
     });
     for gateway in &mut running {
@@ -219,12 +211,12 @@ fn lines_of_two_processes_under_load_are_whole_also_when_the_log_is_rotated() {
         assert!(text.ends_with('\n'));
         text.lines().for_each(assert_whole);
     }
-    // 2 processes of 4 clients; nothing of the pipe is lost.
+    // Two processes with four clients each: no line of the pipe is lost.
     assert_eq!(piped.lines().filter(|line| line.contains("%F0%9F%8E%AC 404")).count(), 2 * 4 * 100);
     assert!(!filed.is_empty() && !filed.contains('\0'));
 }
 
-/// Begins with the time and the level, and ends as lines of its kind end.
+/// Checks that a line begins with its time and level and ends as lines of its kind end.
 #[track_caller]
 fn assert_whole(line: &str) {
     let (time, rest) = line.split_once(' ').unwrap_or_default();

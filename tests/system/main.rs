@@ -1,10 +1,13 @@
-//! The three services together, from outside.
+//! All services together, from outside; and what must hold of the repository itself.
 
 mod backup;
 mod clock;
+mod ecosystem;
 mod framing;
 mod logs;
 mod migrations;
-mod repository;
+mod movies_db;
+mod provision;
+mod repo_lint;
 mod secrets;
 mod system;

@@ -1,5 +1,5 @@
-//! No credential is ever told: not in a log at any level, not in an answer, not in a
-//! command line. Nor are bodies and headers of requests logged.
+//! No credential leaves a service: not by a log of any level, a response, or a command line.
+//! Bodies and headers of requests are not logged either.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -9,17 +9,19 @@ use base64::prelude::BASE64_STANDARD_NO_PAD;
 use chassis::testing::{TestDb, TestVhost, eventually, management_api, test_var};
 use serde_json::json;
 
-use harness::{Service, Stack, agent};
+use harness::bodies::{movie, order};
+use harness::services::services;
+use harness::{Service, Stack, agent, get, send};
 
-const SERVICES: [&str; 3] = ["inventory", "billing", "gateway"];
+/// How every secret of these tests begins.
 const MARK: &str = "Zq8Xk4Vw7";
 
-/// Words that must not appear, in every form in which a program might show them.
-fn told(text: &str, secret: &str) -> Option<&'static str> {
+/// In which form a text holds a secret, of all in which a program might show it.
+fn form_of(text: &str, secret: &str) -> Option<&'static str> {
     let decimal = secret.bytes().map(|byte| byte.to_string()).collect::<Vec<_>>().join(", ");
     let hex = |case: fn(u8) -> String| secret.bytes().map(case).collect::<String>();
-    // In base64 a word looks in three ways, by what stands before it; its ends are shared
-    // with its neighbours.
+    // The base64 form of a word depends on how many bytes precede it, modulo 3. Its first and
+    // last letters also depend on the neighbouring bytes, so these are left out.
     let base64 = |before: usize| {
         let encoded = BASE64_STANDARD_NO_PAD.encode(format!("{}{secret}", &"___"[..before]));
         encoded[[0, 2, 3][before]..encoded.len() - 2].to_owned()
@@ -40,20 +42,20 @@ fn told(text: &str, secret: &str) -> Option<&'static str> {
 }
 
 #[track_caller]
-fn assert_untold(whose: &str, text: &str, secrets: &[String]) {
+fn assert_without(secrets: &[String], source: &str, text: &str) {
     for secret in secrets {
-        if let Some(how) = told(text, secret) {
-            panic!("{whose} tells {secret} {how}:\n{text}");
+        if let Some(form) = form_of(text, secret) {
+            panic!("{source} holds {secret} {form}:\n{text}");
         }
     }
 }
 
 #[test]
-fn what_looks_for_secrets_finds_them_in_every_form() {
+fn the_search_finds_a_secret_in_every_form() {
     let secret = format!("{MARK}-found");
     for before in ["", "a", "ab", "abc:", "user:"] {
         let encoded = BASE64_STANDARD_NO_PAD.encode(format!("{before}{secret}\0z"));
-        assert!(told(&format!("Basic {encoded}"), &secret).is_some(), "{encoded}");
+        assert!(form_of(&format!("Basic {encoded}"), &secret).is_some(), "{encoded}");
     }
     for line in [
         format!("postgres://user:{secret}@host"),
@@ -61,40 +63,40 @@ fn what_looks_for_secrets_finds_them_in_every_form() {
         secret.bytes().map(|byte| format!("%{byte:02X}")).collect(),
         secret.bytes().map(|byte| format!("{byte:02x}")).collect(),
     ] {
-        assert!(told(&line, &secret).is_some(), "{line}");
+        assert!(form_of(&line, &secret).is_some(), "{line}");
     }
-    assert_eq!(told("user_id is required", &secret), None);
+    assert_eq!(form_of("user_id is required", &secret), None);
 }
 
-/// Logins of this test's own, with passwords that are nowhere else.
+/// Logins of this test's own, with passwords that no other program knows.
 struct Logins {
     database: TestDb,
     names: Vec<String>,
 }
 
 impl Logins {
-    fn make(stack: &mut Stack, vhost: &TestVhost, passwords: &mut Vec<String>) -> Logins {
+    fn create(stack: &mut Stack, vhost: &TestVhost, passwords: &mut Vec<String>) -> Logins {
         let database = TestDb::new(&test_var("INVENTORY_DB_NAME"));
         let mut logins = Logins { database, names: Vec::new() };
-        for service in ["INVENTORY", "BILLING", "GATEWAY"] {
-            let name = format!("{}_{}", vhost.name, service.to_lowercase());
+        for row in services() {
+            let (name, prefix) = (format!("{}_{}", vhost.name, row.name), row.prefix());
             let password = format!("{MARK}-{name}");
-            if service != "GATEWAY" {
-                let group = format!("{}_service", service.to_lowercase());
-                let make =
+            if row.database.is_some() {
+                let group = format!("{}_service", row.name);
+                let create =
                     format!("create role {name} login password '{password}' in role {group}");
-                logins.database.superuser().batch_execute(&make).unwrap();
-                stack.set(&format!("{service}_DB_USER"), &name);
-                stack.set(&format!("{service}_DB_PASSWORD"), &password);
+                logins.database.superuser().batch_execute(&create).unwrap();
+                stack.set(&format!("{prefix}_DB_USER"), &name);
+                stack.set(&format!("{prefix}_DB_PASSWORD"), &password);
             }
-            if service != "INVENTORY" {
+            if row.broker.is_some() {
                 let user = json!({ "password": password, "tags": "" });
                 management_api("PUT", &format!("users/{name}"), Some(user));
-                let rights = json!({ "configure": ".*", "write": ".*", "read": ".*" });
+                let permissions = json!({ "configure": ".*", "write": ".*", "read": ".*" });
                 let path = format!("permissions/{}/{name}", vhost.name);
-                management_api("PUT", &path, Some(rights));
-                stack.set(&format!("{service}_RABBITMQ_USER"), &name);
-                stack.set(&format!("{service}_RABBITMQ_PASSWORD"), &password);
+                management_api("PUT", &path, Some(permissions));
+                stack.set(&format!("{prefix}_RABBITMQ_USER"), &name);
+                stack.set(&format!("{prefix}_RABBITMQ_PASSWORD"), &password);
             }
             logins.names.push(name);
             passwords.push(password);
@@ -112,13 +114,14 @@ impl Drop for Logins {
     }
 }
 
-/// All that the services answer when asked for everything, headers among it.
-fn ask_everything(stack: &Stack, private: &str) -> String {
-    let mut heard = String::new();
+/// All responses of the services, headers included, to requests of every kind; those with a
+/// body send `private` in every part.
+fn responses(stack: &Stack, private: &str) -> String {
+    let mut received = String::new();
     let mut urls = Vec::new();
-    for service in SERVICES {
-        let metrics = &stack.env[&format!("{}_METRICS_LISTEN", service.to_uppercase())];
-        let url = stack.service_url(service);
+    for row in services() {
+        let url = stack.service_url(&row.name);
+        let metrics = stack.metrics_address(&row.name);
         urls.extend([
             format!("{url}/health/ready"),
             format!("{url}/no"),
@@ -129,76 +132,72 @@ fn ask_everything(stack: &Stack, private: &str) -> String {
         ["/openapi.json", "/api/movies/1", "/api/movies?limit=x"].map(|path| stack.url(path)),
     );
     for url in urls {
-        let mut answer = agent().get(&url).call().unwrap();
-        let text = answer.body_mut().read_to_string().unwrap();
-        heard += &format!("{:?}\n{text}\n", answer.headers());
+        let reply = get(&url).unwrap();
+        received += &format!("{:?}\n{}\n", reply.headers, reply.body);
     }
+    let authorization = format!("Bearer {private}");
+    let cookie = format!("session={private}");
+    let headers = [
+        ("Content-Type", "application/json"),
+        ("Authorization", authorization.as_str()),
+        ("Cookie", cookie.as_str()),
+        ("Idempotency-Key", private),
+    ];
     for (path, body) in [
-        ("/api/movies", json!({ "title": private, "description": private })),
-        ("/api/movies", json!({ "title": [private] })),
-        ("/api/billing", json!({ "user_id": private, "number_of_items": 1, "total_amount": 1 })),
-        ("/api/billing", json!({ "user_id": private, "number_of_items": private })),
-        ("/api/billing", json!(private)),
+        ("/api/movies", movie(private, private)),
+        ("/api/movies", json!({ "title": [private] }).to_string()),
+        ("/api/billing", order(private)),
+        ("/api/billing", json!({ "user_id": private, "number_of_items": private }).to_string()),
+        ("/api/billing", json!(private).to_string()),
     ] {
-        let answer = agent()
-            .post(format!("{}?q={private}", stack.url(path)))
-            .header("Authorization", format!("Bearer {private}"))
-            .header("Cookie", format!("session={private}"))
-            .header("Idempotency-Key", private)
-            .send(body.to_string());
-        heard += &format!("{:?}\n", answer.unwrap().headers());
+        let url = format!("{}?q={private}", stack.url(path));
+        let reply = send(&agent(), "POST", &url, &headers, &body).unwrap();
+        received += &format!("{:?}\n", reply.headers);
     }
-    heard
+    received
 }
 
 #[test]
-fn no_log_no_answer_and_no_error_holds_a_credential_or_what_a_client_sent() {
+fn no_log_response_or_error_holds_a_credential_or_the_content_of_a_request() {
     let orders = TestDb::new(&test_var("BILLING_DB_NAME"));
     let vhost = TestVhost::new();
     let private = format!("{MARK}-private");
     let mut secrets = vec![private.clone()];
     let mut right = Stack::new();
-    let logins = Logins::make(&mut right, &vhost, &mut secrets);
+    let logins = Logins::create(&mut right, &vhost, &mut secrets);
     right.set("INVENTORY_DB_NAME", &logins.database.name);
     right.set("BILLING_DB_NAME", &orders.name);
     right.set("RABBITMQ_VHOST", &vhost.name);
     right.set("LOG_LEVEL", "trace").set("RUST_BACKTRACE", "full");
 
-    let on_own_address = |stack: &Stack| {
-        let mut other = Stack::new();
-        for (name, value) in &stack.env {
-            if !other.env.contains_key(name) {
-                other.set(name, value);
-            }
-        }
-        other
-    };
-    let mut wrong = on_own_address(&right);
-    for name in ["INVENTORY_DB", "BILLING_DB", "BILLING_RABBITMQ", "GATEWAY_RABBITMQ"] {
-        let password = format!("{MARK}-wrong-{name}");
-        wrong.set(&format!("{name}_PASSWORD"), &password);
+    let mut wrong = right.on_another_address();
+    let (mut logins_of, mut servers) = (Vec::new(), vec!["RABBITMQ".to_owned()]);
+    for row in services() {
+        let database = row.database.as_ref().map(|_| format!("{}_DB", row.prefix()));
+        servers.extend(database.clone());
+        logins_of.extend(database);
+        logins_of.extend(row.broker.as_ref().map(|_| format!("{}_RABBITMQ", row.prefix())));
+    }
+    for login in logins_of {
+        let password = format!("{MARK}-wrong-{login}");
+        wrong.set(&format!("{login}_PASSWORD"), &password);
         secrets.push(password);
     }
-    let mut away = on_own_address(&right);
-    for name in ["INVENTORY_DB_PORT", "BILLING_DB_PORT", "RABBITMQ_PORT"] {
-        // "Discard", on an address of this test's own: nobody listens there.
-        away.set(name, 9);
-    }
-    for name in ["INVENTORY_DB_HOST", "BILLING_DB_HOST", "RABBITMQ_HOST"] {
-        let address = away.address;
-        away.set(name, address);
+    let mut unreachable = right.on_another_address();
+    for server in servers {
+        // The port "discard", on an address of this test's own: no process listens there.
+        unreachable.set(&format!("{server}_HOST"), unreachable.address);
+        unreachable.set(&format!("{server}_PORT"), 9);
     }
 
-    for (stack, works) in [(&right, true), (&wrong, false), (&away, false)] {
-        let running: Vec<Service> = SERVICES.map(|name| stack.start_and_wait(name)).into();
+    for (stack, works) in [(&right, true), (&wrong, false), (&unreachable, false)] {
+        let running: Vec<Service> =
+            services().iter().map(|row| stack.start_and_wait(&row.name)).collect();
         if works {
-            let url = stack.url("/health/ready");
-            eventually("the gateway is ready", 30, || {
-                agent().get(&url).call().ok().filter(|answer| answer.status() == 200)
-            });
+            stack.wait_until_ready("gateway", 30);
         } else {
             for service in &running {
-                eventually("it says that something is away", 30, || {
+                eventually("it logs that a server is not available", 30, || {
                     ["[ERROR]", "[WARN]"]
                         .iter()
                         .any(|level| service.log().contains(level))
@@ -206,8 +205,7 @@ fn no_log_no_answer_and_no_error_holds_a_credential_or_what_a_client_sent() {
                 });
             }
         }
-        let heard = ask_everything(stack, &private);
-        assert_untold("an answer", &heard, &secrets[1..]);
+        assert_without(&secrets[1..], "a response", &responses(stack, &private));
         if works {
             eventually("the order is booked", 30, || {
                 let count = orders.superuser().query_one("select count(*) from orders", &[]);
@@ -217,13 +215,11 @@ fn no_log_no_answer_and_no_error_holds_a_credential_or_what_a_client_sent() {
         let mut list = stack.command("billing");
         let listed = output_of(list.args(["dead-letters", "list"]).stdout(Stdio::piped()));
         assert_eq!(listed.0, works, "{}", listed.1);
-        assert_untold("billing dead-letters", &listed.1, &secrets);
-        for (name, service) in SERVICES.iter().zip(&running) {
-            service.signal("TERM");
-            eventually(format!("{name} says that it listens"), 20, || {
-                service.log().contains("listening on").then_some(())
-            });
-            assert_untold(name, &service.log(), &secrets);
+        assert_without(&secrets, "billing dead-letters", &listed.1);
+        for (row, mut service) in services().iter().zip(running) {
+            service.terminate();
+            assert!(service.log().contains("listening on"), "{}", service.log());
+            assert_without(&secrets, &row.name, &service.log());
         }
     }
 }
@@ -253,11 +249,11 @@ fn a_refusal_to_start_names_the_variable_and_never_its_value() {
     ] {
         let mut stack = Stack::new();
         for name in names {
-            // No character of a host name, so that nobody is asked for it.
+            // With characters that no host name has, so that no name server is asked for it.
             stack.set(name, format!("{secret} /"));
         }
-        // A password without the sign before it.
-        let directory = std::env::temp_dir().join(format!("matinee-{}", stack.address));
+        // A line with a password and without "=".
+        let directory = std::env::temp_dir().join(format!("matinee-secrets-{}", stack.address));
         fs::create_dir_all(&directory).unwrap();
         fs::write(directory.join(".env"), format!("NEW_PASSWORD {secret}\n")).unwrap();
         let (started, text) = output_of(stack.command(service).current_dir(&directory));
@@ -266,22 +262,22 @@ fn a_refusal_to_start_names_the_variable_and_never_its_value() {
         for name in names.iter().chain(&[".env: line 1"]) {
             assert!(text.contains(name), "{name}: {text}");
         }
-        assert_untold(service, &text, std::slice::from_ref(&secret));
+        assert_without(std::slice::from_ref(&secret), service, &text);
     }
 }
 
 #[test]
-fn no_command_line_of_the_provisioning_holds_a_credential() {
+fn no_command_line_of_the_scripts_and_servers_holds_a_credential() {
     let secrets: Vec<String> = std::env::vars()
         .filter_map(|(name, value)| name.ends_with("_PASSWORD").then_some(value))
         .collect();
     assert!(secrets.len() > 5, "{}", secrets.len());
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../provision/migrate.sh");
     let mut seen = String::new();
-    // Each run is short, and so are those that it starts.
+    // The processes are short-lived: the migrations run again until all were seen.
     eventually("psql and dbmate were seen", 60, || {
         let mut child = Command::new(script)
-            .arg("INVENTORY")
+            .arg("inventory")
             .env("PGHOST", "127.0.0.1")
             .env("PGPORT", test_var("POSTGRES_PORT"))
             .env("PGUSER", test_var("POSTGRES_SUPERUSER"))
@@ -301,14 +297,14 @@ fn no_command_line_of_the_provisioning_holds_a_credential() {
             std::thread::yield_now();
         };
         assert!(status.success());
-        // And the servers, which have been running all the time.
+        // The last two are the servers, which run all the time.
         let all = ["psql", "dbmate", "postgres", "beam"];
         all.iter().all(|name| seen.contains(name)).then_some(())
     });
-    assert_untold("a command line", &seen, &secrets);
+    assert_without(&secrets, "a command line", &seen);
 }
 
-/// Of what we start: PostgreSQL, RabbitMQ, and what the scripts call.
+/// The command lines of PostgreSQL, of RabbitMQ, and of the programs that the scripts call.
 fn command_lines() -> Vec<String> {
     let processes = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
     let lines = processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());

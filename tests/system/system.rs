@@ -1,12 +1,13 @@
-//! The three services together, as an operator runs them.
+//! All services together, as an operator runs them.
 
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use chassis::testing::{TestDb, TestVhost, eventually, management_api, test_var};
+use harness::bodies::{movie, order};
+use harness::load::{Load, LoadConfig, Workload};
+use harness::services::services;
+use harness::{Stack, agent, get, post, send};
 use serde_json::{Value, json};
-
-use harness::{Service, Stack, agent, post};
 
 /// A stack with databases and a virtual host of its own.
 struct System {
@@ -29,14 +30,31 @@ impl System {
     }
 
     fn post_order(&self, user: &str) -> (u16, Value) {
-        let body = json!({ "user_id": user, "number_of_items": "99", "total_amount": "250" });
-        post(&agent(), &self.stack.url("/api/billing/"), &body.to_string()).unwrap()
+        post(&agent(), &self.stack.url("/api/billing/"), &order(user)).unwrap()
+    }
+
+    /// Posts an order of this user until the gateway accepts it.
+    fn post_first_order(&self, user: &str) {
+        eventually("the gateway accepts an order", 20, || {
+            (self.post_order(user).0 == 200).then_some(())
+        });
     }
 
     /// The users of the booked orders, in the order of their ids.
     fn booked(&self) -> Vec<String> {
         let rows = self.orders.superuser().query("select user_id from orders order by id", &[]);
         rows.unwrap().iter().map(|row| row.get(0)).collect()
+    }
+
+    fn start_load(&self, clients: usize) -> Load {
+        Load::start(LoadConfig {
+            workload: Workload::Orders,
+            gateway: self.stack.service_url("gateway"),
+            tag: "load".to_owned(),
+            clients,
+            limit: usize::MAX,
+            max_latency: Duration::MAX,
+        })
     }
 }
 
@@ -45,19 +63,11 @@ fn movies_go_through_the_gateway_to_the_database_and_back() {
     let system = System::new();
     let _services = ["inventory", "gateway"].map(|name| system.stack.start_and_wait(name));
     let url = system.stack.url("/api/movies/");
-    let (status, movie) = post(
-        &agent(),
-        &url,
-        r#"{"title":" A new movie ","description":"Very short \"description\" 🎬 ‏שלום"}"#,
-    )
-    .unwrap();
-    let expected = json!({
-        "id": 1, "title": "A new movie", "description": "Very short \"description\" 🎬 ‏שלום"
-    });
-    assert_eq!((status, &movie), (201, &expected));
-    let mut listed = agent().get(&url).call().unwrap();
-    let listed: Value = serde_json::from_str(&listed.body_mut().read_to_string().unwrap()).unwrap();
-    assert_eq!(listed, json!([expected]));
+    let description = "Very short \"description\" 🎬 ‏שלום";
+    let (status, added) = post(&agent(), &url, &movie(" A new movie ", description)).unwrap();
+    let expected = json!({ "id": 1, "title": "A new movie", "description": description });
+    assert_eq!((status, &added), (201, &expected));
+    assert_eq!(get(&url).unwrap().json(), json!([expected]));
     let row = system.movies.superuser().query_one("select title from movies", &[]).unwrap();
     assert_eq!(row.get::<_, String>(0), "A new movie");
 }
@@ -67,7 +77,7 @@ fn orders_posted_while_billing_is_stopped_are_booked_in_their_order_once_it_star
     let system = System::new();
     let _gateway = system.stack.start_and_wait("gateway");
     let billing = system.stack.start_and_wait("billing");
-    eventually("the gateway takes orders", 20, || (system.post_order("20").0 == 200).then_some(()));
+    system.post_first_order("20");
     eventually("the first order is booked", 20, || (system.booked() == ["20"]).then_some(()));
     drop(billing);
 
@@ -83,98 +93,57 @@ fn orders_posted_while_billing_is_stopped_are_booked_in_their_order_once_it_star
 }
 
 #[test]
-fn an_order_is_in_the_table_within_100_ms_of_its_answer_as_a_rule() {
+fn each_order_is_booked_without_waiting_for_the_next() {
     let system = System::new();
     let _services = ["billing", "gateway"].map(|name| system.stack.start_and_wait(name));
-    eventually("the gateway takes orders", 20, || (system.post_order("0").0 == 200).then_some(()));
-    eventually("the first is booked", 20, || (system.booked().len() == 1).then_some(()));
-    // How long each took is for a benchmark; here, that one does not wait for the next.
-    for order in 1..20 {
-        assert_eq!(system.post_order(&order.to_string()).0, 200);
-        eventually("a lone order is booked", 5, || (system.booked().len() > order).then_some(()));
+    system.post_first_order("0");
+    eventually("the first order is booked", 20, || (system.booked().len() == 1).then_some(()));
+    // How long it takes is measured by the benchmark.
+    for number in 1..20 {
+        assert_eq!(system.post_order(&number.to_string()).0, 200);
+        eventually("a lone order is booked", 5, || (system.booked().len() > number).then_some(()));
     }
 }
 
 #[test]
-fn an_order_repeated_with_its_key_is_booked_once() {
+fn an_order_repeated_with_its_idempotency_key_is_booked_once() {
     let system = System::new();
     let _services = ["billing", "gateway"].map(|name| system.stack.start_and_wait(name));
-    let send = |key: &str, user: &str| {
-        let body = json!({ "user_id": user, "number_of_items": 1, "total_amount": 1.5 });
-        let request = agent()
-            .post(system.stack.url("/api/billing"))
-            .content_type("application/json")
-            .header("Idempotency-Key", key);
-        request.send(body.to_string()).unwrap().status().as_u16()
+    let url = system.stack.url("/api/billing");
+    let post = |key: &str, user: &str| {
+        let headers = [("Content-Type", "application/json"), ("Idempotency-Key", key)];
+        send(&agent(), "POST", &url, &headers, &order(user)).unwrap().status
     };
-    eventually("the gateway takes orders", 20, || (send("a", "1") == 200).then_some(()));
+    eventually("the gateway accepts an order", 20, || (post("a", "1") == 200).then_some(()));
     for _ in 0..5 {
-        assert_eq!(send("a", "1"), 200);
+        assert_eq!(post("a", "1"), 200);
     }
-    assert_eq!(send("b", "1"), 200);
-    assert_eq!(send("a", "2"), 200);
-    assert_eq!(send("last", "3"), 200);
-    eventually("the last is booked", 20, || {
+    assert_eq!(post("b", "1"), 200);
+    assert_eq!(post("a", "2"), 200);
+    assert_eq!(post("last", "3"), 200);
+    eventually("the last order is booked", 20, || {
         system.booked().contains(&"3".to_owned()).then_some(())
     });
     assert_eq!(system.booked(), ["1", "1", "2", "3"]);
 }
 
-/// Posts orders from several threads until `done` says so; what each was told.
-fn keep_posting(system: &System, clients: usize, until: Instant) -> Vec<JoinHandle<Ledger>> {
-    (0..clients)
-        .map(|client| {
-            let url = system.stack.url("/api/billing");
-            thread::spawn(move || {
-                let (agent, mut ledger) = (agent(), Ledger::default());
-                for order in 0.. {
-                    if Instant::now() > until {
-                        break;
-                    }
-                    let user = format!("{client}-{order}");
-                    let body = json!({ "user_id": user, "number_of_items": 1, "total_amount": 1 });
-                    match post(&agent, &url, &body.to_string()) {
-                        Ok((200, _)) => ledger.confirmed.push(user),
-                        Ok((status, told)) => ledger.refused.push(format!("{status} {told}")),
-                        // Refused by the kernel: nobody listens any more.
-                        Err(err) if err.to_string().contains("refused") => return ledger,
-                        Err(err) => ledger.unanswered.push(err.to_string()),
-                    }
-                }
-                ledger
-            })
-        })
-        .collect()
-}
-
-#[derive(Default)]
-struct Ledger {
-    confirmed: Vec<String>,
-    refused: Vec<String>,
-    unanswered: Vec<String>,
-}
-
 #[test]
-fn a_gateway_told_to_stop_under_load_answers_all_it_has_accepted() {
+fn a_gateway_that_gets_sigterm_under_load_answers_all_requests_that_it_has_accepted() {
     let system = System::new();
     let _billing = system.stack.start_and_wait("billing");
     let mut gateway = system.stack.start_and_wait("gateway");
-    eventually("the gateway takes orders", 20, || (system.post_order("x").0 == 200).then_some(()));
-    let clients = keep_posting(&system, 8, Instant::now() + Duration::from_secs(30));
-    thread::park_timeout(Duration::from_millis(700));
-    let told = Instant::now();
-    gateway.signal("TERM");
-    let status = gateway.child.wait().unwrap();
+    system.post_first_order("first");
+    let load = system.start_load(8);
+    eventually("orders flow", 20, || (load.acknowledged() > 100).then_some(()));
+    let stopped_at = Instant::now();
+    let status = gateway.terminate();
     assert!(status.success(), "{status}: {}", gateway.log());
-    assert!(told.elapsed() < Duration::from_secs(5), "{:?}", told.elapsed());
-    let mut confirmed = vec!["x".to_owned()];
-    for client in clients {
-        let ledger = client.join().unwrap();
-        assert_eq!(ledger.unanswered, [""; 0], "accepted and not answered");
-        assert_eq!(ledger.refused, [""; 0]);
-        confirmed.extend(ledger.confirmed);
-    }
-    assert!(confirmed.len() > 8);
+    assert!(stopped_at.elapsed() < Duration::from_secs(5), "{:?}", stopped_at.elapsed());
+
+    let ledger = load.finish();
+    assert_eq!((ledger.rejected, ledger.unanswered), (0, 0), "{:?}", ledger.failures);
+    let mut confirmed: Vec<String> = ledger.acknowledged.into_iter().collect();
+    confirmed.push("first".to_owned());
     eventually("every confirmed order is booked", 20, || {
         (system.booked().len() == confirmed.len()).then_some(())
     });
@@ -185,31 +154,26 @@ fn a_gateway_told_to_stop_under_load_answers_all_it_has_accepted() {
 }
 
 #[test]
-fn two_gateways_take_turns_on_one_port_without_refusing_anyone() {
+fn a_second_gateway_takes_over_the_port_of_the_first_without_refusing_a_request() {
     let system = System::new();
-    let first = system.stack.start_and_wait("gateway");
-    eventually("the first takes orders", 20, || (system.post_order("x").0 == 200).then_some(()));
-    let clients = keep_posting(&system, 4, Instant::now() + Duration::from_secs(5));
+    let mut first = system.stack.start_and_wait("gateway");
+    system.post_first_order("first");
+    let load = system.start_load(4);
     let second = system.stack.start("gateway");
-    eventually("the second is connected to the broker", 20, || {
+    eventually("the second gateway is connected to the broker", 20, || {
         second.log().contains("publishing to").then_some(())
     });
     first.signal("INT");
-    let mut first = first;
-    assert!(first.child.wait().unwrap().success(), "{}", first.log());
-    for client in clients {
-        let ledger = client.join().unwrap();
-        assert_eq!(ledger.unanswered, [""; 0]);
-        assert_eq!(ledger.refused, [""; 0]);
-        assert!(!ledger.confirmed.is_empty(), "{}{}", first.log(), second.log());
-    }
-    eventually("the second took orders", 20, || {
-        second.log().contains("POST /api/billing 200").then_some(())
-    });
+    let status = eventually("the first gateway ends", 20, || first.exit_status());
+    assert!(status.success(), "{}", first.log());
+    load.wait_for_progress_after("the first gateway has ended");
+    let ledger = load.finish();
+    assert_eq!((ledger.rejected, ledger.unanswered), (0, 0), "{:?}", ledger.failures);
+    assert!(second.log().contains("POST /api/billing 200"), "{}{}", first.log(), second.log());
 }
 
 #[test]
-fn garbage_that_anybody_publishes_goes_to_the_dead_letters_and_billing_goes_on() {
+fn a_message_that_is_no_order_becomes_a_dead_letter_and_billing_goes_on() {
     let system = System::new();
     let _billing = system.stack.start_and_wait("billing");
     let queue = test_var("RABBITMQ_QUEUE");
@@ -220,13 +184,13 @@ fn garbage_that_anybody_publishes_goes_to_the_dead_letters_and_billing_goes_on()
         });
         management_api("POST", &path, Some(message))["routed"] == true
     };
-    eventually("the queue is there", 20, || publish("not an order").then_some(()));
-    assert!(publish(r#"{"user_id":"by hand","number_of_items":"1","total_amount":"2.50"}"#));
+    eventually("the queue is declared", 20, || publish("not an order").then_some(()));
+    assert!(publish(&order("by hand")));
     eventually("the order is booked", 20, || (system.booked() == ["by hand"]).then_some(()));
     let path = format!("queues/{}/{queue}.dead/get", system.vhost.name);
     let look = json!({ "count": 10, "ackmode": "ack_requeue_true", "encoding": "auto" });
-    // Orders do not wait for dead letters: those may come a moment later.
-    let dead = eventually("a dead letter is there", 20, || {
+    // Orders do not wait for dead letters, so it may be published after the order is booked.
+    let dead = eventually("the dead letter is published", 20, || {
         let dead = management_api("POST", &path, Some(look.clone()));
         dead.as_array().is_some_and(|found| !found.is_empty()).then_some(dead)
     });
@@ -236,16 +200,16 @@ fn garbage_that_anybody_publishes_goes_to_the_dead_letters_and_billing_goes_on()
 }
 
 #[test]
-fn a_service_without_its_settings_names_all_of_them_and_does_not_start() {
-    for service in ["gateway", "inventory", "billing"] {
+fn a_service_with_malformed_settings_names_all_of_them_and_does_not_start() {
+    for row in services() {
         let mut stack = Stack::new();
-        let port = format!("{}_PORT", service.to_uppercase());
+        let port = format!("{}_PORT", row.prefix());
         stack.set(&port, "eighty").set("LOG_LEVEL", "loud");
-        let mut started: Service = stack.start(service);
+        let mut started = stack.start(&row.name);
         let status = started.child.wait().unwrap();
         assert!(!status.success());
-        for fault in [format!("{port} must be"), "LOG_LEVEL must be".to_owned()] {
-            assert!(started.log().contains(&fault), "{fault} is not in {}", started.log());
+        for error in [format!("{port} must be"), "LOG_LEVEL must be".to_owned()] {
+            assert!(started.log().contains(&error), "{error} is not in {}", started.log());
         }
     }
 }

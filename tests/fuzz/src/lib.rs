@@ -1,8 +1,8 @@
 //! What must hold of any bytes that come from outside: functions that panic where it does not.
 //!
-//! `provision/local fuzz` lets libFuzzer look for such bytes, guided by which code
-//! they reach; what it has found interesting is kept in `corpus/`, and `cargo test`
-//! goes through all of it.
+//! `provision/local fuzz` lets libFuzzer search for such bytes, guided by the code that an input
+//! reaches. The inputs that reached new code are kept in `corpus/`, and `cargo test` checks them
+//! all.
 
 pub mod message;
 pub mod order;

@@ -1,47 +1,37 @@
-//! The request reader: a stream of bytes is read in one way, however it is cut into
-//! packets, and in no other way by anybody who is less strict.
+//! The request parser: a stream of bytes is read in one way, however it is cut into packets, and
+//! no more lenient parser reads it differently.
 
 use std::sync::LazyLock;
-use std::time::Duration;
 
-use chassis::http1::{self, BodyDecoder, BodyFraming, RequestHead};
+use chassis::http1::{self, BodyDecoder, BodyFraming, HeadLimits, RequestHead};
 use chassis::problem::Problem;
-use chassis::server::Limits;
 
-/// Small, so that a fuzzer comes to see what is behind each.
-const LIMITS: Limits = Limits {
-    max_connections: 1,
-    header_timeout: Duration::ZERO,
-    body_timeout: Duration::ZERO,
-    write_timeout: Duration::ZERO,
-    idle_timeout: Duration::ZERO,
-    max_head_bytes: 1024,
-    max_header_fields: 16,
-    max_body_bytes: 256,
-    max_buffered_bytes: 0,
-};
+/// Small limits, so that the fuzzer also finds inputs beyond them.
+const LIMITS: HeadLimits =
+    HeadLimits { max_head_bytes: 1024, max_header_fields: 16, max_body_bytes: 256 };
 
-/// The control: with this variable set the reader takes `Content-Length: +3` for 3,
-/// and that must be found out.
-static BROKEN: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FUZZ_MUTANT").is_some());
+/// The control: with this variable set the parser accepts `Content-Length: +3` as 3, and the
+/// checks must find it.
+static MUTANT: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FUZZ_MUTANT").is_some());
 
-/// Panics where the reader's reading of `stream` could be disputed.
+/// Panics where another parser could read `stream` differently.
 pub fn check(stream: &[u8]) {
     let whole = read(&[stream]);
     for size in [1, 5] {
         let pieces: Vec<&[u8]> = stream.chunks(size).collect();
-        assert_eq!(read(&pieces), whole, "read otherwise in pieces of {size}");
+        assert_eq!(read(&pieces), whole, "read differently in pieces of {size}");
     }
-    let mut begin = 0;
+    let mut start = 0;
     for request in &whole.requests {
-        sound(request);
+        is_valid(request);
         for leniency in Leniency::all() {
-            let end = leniency.read(&stream[begin..]).map(|(body, bytes)| (body, begin + bytes));
+            let lenient =
+                leniency.read(&stream[start..]).map(|(body, bytes)| (body, start + bytes));
             let ours = (request.body.clone(), request.end);
-            assert_eq!(end.as_ref(), Some(&ours), "{leniency:?} reads {request:?} otherwise");
+            assert_eq!(lenient.as_ref(), Some(&ours), "{leniency:?} reads {request:?} differently");
         }
-        begin = request.end;
-        said_again(request);
+        start = request.end;
+        reserialises_identically(request);
     }
 }
 
@@ -57,17 +47,17 @@ struct Request {
 #[derive(Debug, Default, PartialEq)]
 struct Reading {
     requests: Vec<Request>,
-    /// Status and text of the refusal that ended it.
-    refused: Option<(u16, String)>,
+    /// Status and text of the rejection that ended it.
+    rejected: Option<(u16, String)>,
 }
 
-/// One connection, as the server loop reads it.
+/// One connection, read as the server reads it.
 #[derive(Default)]
 struct Connection {
     buffer: Vec<u8>,
     received: usize,
     scanned: usize,
-    begun: Option<(RequestHead, BodyDecoder, Vec<u8>)>,
+    started: Option<(RequestHead, BodyDecoder, Vec<u8>)>,
     requests: Vec<Request>,
     closed: bool,
 }
@@ -79,37 +69,37 @@ fn read(pieces: &[&[u8]]) -> Reading {
         connection.buffer.extend_from_slice(piece);
         connection.received += piece.len();
         if let Err(problem) = connection.advance(&limits) {
-            let refused = Some((problem.status(), problem.to_string()));
-            return Reading { requests: connection.requests, refused };
+            let rejected = Some((problem.status(), problem.to_string()));
+            return Reading { requests: connection.requests, rejected };
         }
         if connection.closed {
             break;
         }
     }
-    Reading { requests: connection.requests, refused: None }
+    Reading { requests: connection.requests, rejected: None }
 }
 
 impl Connection {
-    /// Reads what can be read of what is there.
-    fn advance(&mut self, limits: &Limits) -> Result<(), Problem> {
+    /// Reads all requests that the buffer has completely.
+    fn advance(&mut self, limits: &HeadLimits) -> Result<(), Problem> {
         while !self.closed {
-            if self.begun.is_none() {
-                if *BROKEN {
-                    forgive_sign(&mut self.buffer);
+            if self.started.is_none() {
+                if *MUTANT {
+                    accept_sign(&mut self.buffer);
                 }
                 let head = http1::parse_next_head(&mut self.buffer, &mut self.scanned, limits)?;
                 let Some(head) = head else { return Ok(()) };
                 self.scanned = 0;
                 let reader = BodyDecoder::new(head.framing, limits.max_body_bytes);
-                self.begun = Some((head, reader, Vec::new()));
+                self.started = Some((head, reader, Vec::new()));
             }
-            let Some((_, reader, body)) = &mut self.begun else { return Ok(()) };
+            let Some((_, reader, body)) = &mut self.started else { return Ok(()) };
             let taken = reader.feed(&self.buffer, body)?;
             self.buffer.drain(..taken);
             if !reader.is_done() {
                 return Ok(());
             }
-            if let Some((head, _, body)) = self.begun.take() {
+            if let Some((head, _, body)) = self.started.take() {
                 self.closed = !head.keep_alive;
                 let end = self.received - self.buffer.len();
                 self.requests.push(Request { head, body, end });
@@ -119,7 +109,8 @@ impl Connection {
     }
 }
 
-fn forgive_sign(buffer: &mut [u8]) {
+/// Replaces the sign of a length by a digit.
+fn accept_sign(buffer: &mut [u8]) {
     let sign = b"\r\nContent-Length: +";
     let found = buffer.windows(sign.len()).position(|window| window.eq_ignore_ascii_case(sign));
     if let Some(at) = found {
@@ -127,8 +118,8 @@ fn forgive_sign(buffer: &mut [u8]) {
     }
 }
 
-/// What whoever is handed a request may rely on.
-fn sound(Request { head, body, .. }: &Request) {
+/// What a handler may rely on.
+fn is_valid(Request { head, body, .. }: &Request) {
     let values = |wanted: &str| -> Vec<&str> {
         let named = head.headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case(wanted));
         named.map(|(_, value)| value.as_str()).collect()
@@ -150,7 +141,7 @@ fn sound(Request { head, body, .. }: &Request) {
     assert!(body.len() <= LIMITS.max_body_bytes);
     assert!(
         head.headers.len() <= LIMITS.max_header_fields + 1,
-        "one more for an absolute target's Host"
+        "one more is the Host of an absolute target"
     );
     assert!(values("Host").len() == 1 || head.is_http10 && values("Host").is_empty());
     assert!(head.target.starts_with('/') || head.target == "*");
@@ -163,14 +154,16 @@ fn sound(Request { head, body, .. }: &Request) {
     }
 }
 
-/// A request that is written out as it was understood is understood in the same way.
-fn said_again(request: &Request) {
+/// A request that is written out as it was read is read in the same way.
+fn reserialises_identically(request: &Request) {
     let Request { head, body, .. } = request;
     let mut out = Vec::new();
     let version = if head.is_http10 { "1.0" } else { "1.1" };
     out.extend(format!("{} {} HTTP/{version}\r\n", head.method, head.target).bytes());
     for (name, value) in &head.headers {
-        out.extend(format!("{name}: {value}\r\n").bytes());
+        out.extend(format!("{name}: ").bytes());
+        out.extend(chassis::request::header_bytes(value));
+        out.extend(b"\r\n");
     }
     out.extend(b"\r\n");
     if head.framing == BodyFraming::Chunked {
@@ -183,7 +176,7 @@ fn said_again(request: &Request) {
     } else {
         out.extend(body);
     }
-    let limits = Limits { max_head_bytes: 4096, max_header_fields: 32, ..LIMITS };
+    let limits = HeadLimits { max_head_bytes: 4096, max_header_fields: 32, ..LIMITS };
     let length = out.len();
     let mut connection = Connection { buffer: out, received: length, ..Connection::default() };
     let ended = connection.advance(&limits).map_err(|problem| problem.to_string());
@@ -193,8 +186,8 @@ fn said_again(request: &Request) {
     assert_eq!((&again.head, &again.body, again.end), (head, body, length));
 }
 
-/// A reader that forgives what readers in the field have been seen to forgive. Where
-/// ours takes a request, each of these must find the same body and the same end.
+/// A parser that accepts what parsers in the field have been seen to accept. Where ours accepts a
+/// request, each of these must find the same body and the same end.
 #[derive(Clone, Copy, Debug)]
 struct Leniency {
     /// A lone carriage return ends a line, as a lone line feed does for all of them.
@@ -203,7 +196,7 @@ struct Leniency {
     last_length: bool,
     /// Content-Length outweighs Transfer-Encoding.
     length_first: bool,
-    /// A number may have a sign; else it ends the number.
+    /// A number may have a sign; otherwise a sign ends it.
     signs: bool,
 }
 
@@ -269,7 +262,7 @@ impl Leniency {
         Some((body, at))
     }
 
-    /// The line at `at`, which moves on behind it.
+    /// The line at `at`, which is moved behind it.
     fn line<'s>(self, stream: &'s [u8], at: &mut usize) -> Option<&'s [u8]> {
         let rest = &stream[*at..];
         let ends = |byte: &u8| *byte == b'\n' || *byte == b'\r' && self.bare_cr;
@@ -280,7 +273,7 @@ impl Leniency {
         Some(line.strip_suffix(b"\r").unwrap_or(line))
     }
 
-    /// As C's strtol: white space, a sign, a prefix, and as many digits as there are.
+    /// Like C's strtol: white space, a sign, a prefix, and as many digits as follow.
     fn number(self, text: &[u8], radix: u32) -> usize {
         let mut text = text.trim_ascii_start();
         if self.signs {

@@ -1,4 +1,4 @@
-//! Every input that the fuzzer found worth keeping, and every example, keeps to what must hold.
+//! The checks hold for every input of the corpus and for every example.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ fn files(folder: &str) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn requests_are_read_in_one_way_however_they_are_cut() {
+fn a_request_is_read_in_one_way_however_it_is_cut_into_packets() {
     let kept = files("corpus/request");
     assert!(kept.len() > 50, "{} inputs", kept.len());
     kept.iter().for_each(|stream| fuzz::request::check(stream));
@@ -23,14 +23,14 @@ fn requests_are_read_in_one_way_however_they_are_cut() {
 }
 
 #[test]
-fn what_the_gateway_takes_is_what_billing_books() {
+fn the_gateway_accepts_exactly_the_orders_that_billing_books() {
     let kept = files("corpus/order");
     assert!(kept.len() > 50, "{} inputs", kept.len());
     kept.iter().chain(&files("../../billing/messages")).for_each(|body| fuzz::order::check(body));
 }
 
 #[test]
-fn billing_lives_through_any_message() {
+fn any_message_is_parsed_or_rejected_without_a_panic() {
     let kept = files("corpus/message");
     assert!(kept.len() > 50, "{} inputs", kept.len());
     kept.iter().for_each(|message| fuzz::message::check(message));

@@ -1,5 +1,4 @@
-//! Services without their protections, for the controls: what goes wrong with them is
-//! what the campaign must be able to see.
+//! Services with a protection removed, for the controls: the campaign must find the consequences.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -22,28 +21,28 @@ use chassis::{Env, Stop, server};
 use rouille::Request;
 use serde_json::{Value, json};
 
-/// Makes this program one of those services.
-pub(crate) const ARGUMENT: &str = "careless";
+/// The argument that makes this program one of the mutants.
+pub(crate) const ARGUMENT: &str = "mutant";
 
-/// Runs the careless form of a service until it is killed.
+/// Runs the mutant of a service until it is killed.
 pub(crate) fn run(service: &str) -> ExitCode {
     let result = match service {
         "gateway" => gateway(),
         "billing" => billing(),
         "inventory" => inventory(),
-        _ => Err(anyhow::anyhow!("there is no careless {service}")),
+        _ => Err(anyhow::anyhow!("there is no mutant of {service}")),
     };
     result.unwrap_err();
     ExitCode::FAILURE
 }
 
-/// Answers 200 as soon as the message is handed to the socket, without a confirm.
+/// Answers 200 as soon as the message is written to the socket, without a confirm.
 fn gateway() -> anyhow::Result<()> {
     let mut env = Env::load();
     let broker = broker::Config::from_env(&mut env, "GATEWAY");
     let http = server::Config::from_env(&mut env, "GATEWAY");
     let (broker, http) = env.finish((broker, http))?;
-    let (mut connection, _leash) = broker.connect("careless gateway")?;
+    let (mut connection, _deadline) = broker.connect("mutant of gateway")?;
     let channel = Mutex::new(connection.open_channel(None)?);
     server::run(&http, &Stop::default(), move |request: &Request| {
         let mut body = Vec::new();
@@ -65,7 +64,8 @@ fn gateway() -> anyhow::Result<()> {
     })
 }
 
-/// Consumes without acknowledgements: the broker forgets what it has sent, booked or not.
+/// Consumes without acknowledgements: the broker deletes a message when it has sent it, whether it
+/// is booked or not.
 fn billing() -> anyhow::Result<()> {
     let mut env = Env::load();
     let broker = broker::Config::from_env(&mut env, "BILLING");
@@ -84,7 +84,7 @@ fn billing() -> anyhow::Result<()> {
         .user(&test_var("POSTGRES_SUPERUSER"))
         .password(test_var("POSTGRES_SUPERUSER_PASSWORD"))
         .connect(postgres::NoTls)?;
-    let (mut connection, _leash) = broker.connect("careless billing")?;
+    let (mut connection, _deadline) = broker.connect("mutant of billing")?;
     let channel = connection.open_channel(None)?;
     let options = QueueDeclareOptions { durable: true, ..Default::default() };
     let queue = channel.queue_declare(test_var("RABBITMQ_QUEUE"), options)?;
@@ -93,7 +93,7 @@ fn billing() -> anyhow::Result<()> {
         let ConsumerMessage::Delivery(delivery) = message else { break };
         let order: Value = serde_json::from_slice(&delivery.body)?;
         let user = order["user_id"].as_str().unwrap_or_default();
-        // Numbers may come as texts.
+        // Numbers may be JSON strings.
         let [items, amount] = ["number_of_items", "total_amount"]
             .map(|field| order[field].to_string().trim_matches('"').to_owned());
         let _ = db.execute(
@@ -101,21 +101,22 @@ fn billing() -> anyhow::Result<()> {
              values ($1, $2::text::integer, $3::text::numeric)",
             &[&user, &items, &amount],
         );
-        anyhow::ensure!(!db.is_closed(), "the database is gone");
+        anyhow::ensure!(!db.is_closed(), "the database closed the connection");
     }
-    anyhow::bail!("the broker is gone")
+    anyhow::bail!("the broker closed the connection")
 }
 
-/// What the careless inventory has.
+/// The state of inventory's mutant.
 struct Movies {
     texts: Mutex<HashMap<u64, String>>,
     last: AtomicU64,
-    /// It does one thing at a time and lets everybody wait.
-    desk: FairSemaphore,
+    /// It handles one request at a time; all others wait without a limit.
+    permit: FairSemaphore,
 }
 
-/// A thread for each connection, as many as come; no deadline; done for ever with the
-/// first `accept` that fails; forgets to give back what it took, and letters beyond U+FFFF.
+/// A thread for each connection, without a limit; no deadline; the first `accept` that fails is the
+/// last; leaks 4 KiB with each request and a descriptor with every twentieth; stores a question
+/// mark for each character beyond U+FFFF.
 fn inventory() -> anyhow::Result<()> {
     let listener = TcpListener::bind(format!(
         "{}:{}",
@@ -123,7 +124,7 @@ fn inventory() -> anyhow::Result<()> {
         test_var("INVENTORY_PORT")
     ))?;
     let movies =
-        Movies { texts: Mutex::default(), last: AtomicU64::new(0), desk: FairSemaphore::new(1) };
+        Movies { texts: Mutex::default(), last: AtomicU64::new(0), permit: FairSemaphore::new(1) };
     let movies = Arc::new(movies);
     for stream in listener.incoming() {
         let Ok(stream) = stream else { break };
@@ -134,7 +135,7 @@ fn inventory() -> anyhow::Result<()> {
         });
     }
     drop(listener);
-    // Its process lives on, and so nobody starts it anew.
+    // The process does not end, so no supervisor starts it again.
     loop {
         std::thread::park();
     }
@@ -159,9 +160,9 @@ impl Movies {
         }
         let mut body = vec![0; length];
         reader.read_exact(&mut body)?;
-        let turn = self.desk.acquire(Duration::from_secs(3600));
+        let permit = self.permit.acquire(Duration::from_secs(3600));
         std::thread::park_timeout(Duration::from_millis(2));
-        drop(turn);
+        drop(permit);
         let number = self.last.fetch_add(1, Ordering::SeqCst) + 1;
         Box::leak(vec![1_u8; 4096].into_boxed_slice());
         if number.is_multiple_of(20) {
@@ -176,7 +177,7 @@ impl Movies {
                 movie["id"] = json!(number);
                 for field in ["title", "description"] {
                     let text = movie[field].as_str().unwrap_or_default();
-                    movie[field] = text.replace(|letter| letter > '\u{ffff}', "?").into();
+                    movie[field] = text.replace(|character| character > '\u{ffff}', "?").into();
                 }
                 texts.insert(number, movie.to_string());
                 ("201 Created", movie.to_string())
