@@ -1,70 +1,82 @@
-// The three processes as PM2 runs them: on a laptop by provision/local, in the VMs by root's PM2.
-// Settings come from .env; a variable that is set in the environment of the pm2 command wins.
+// The services of provision/services as PM2 runs them: on a laptop by provision/local, in the VMs
+// by root's PM2. Settings come from .env; a variable in the environment of the pm2 command has precedence.
 
 const fs = require('node:fs')
 const path = require('node:path')
 
 const root = path.resolve(__dirname, '..')
 const envFile = process.env.MATINEE_ENV_FILE || path.join(root, '.env')
+const table = process.env.MATINEE_SERVICES_FILE || path.join(__dirname, 'services')
 const binaries = path.resolve(root, process.env.MATINEE_BIN_DIR || 'target/release')
 
-const settings = Object.fromEntries(
-  fs.readFileSync(envFile, 'utf8')
-    .split(/\r?\n/)
-    .map(line => /^([A-Za-z_][A-Za-z0-9_]*)=(.*)$/.exec(line))
-    .filter(Boolean)
-    .map(([, name, value]) => [name, process.env[name] ?? value]),
-)
+// Lines NAME=value, by the same rule as provision/lib/env.sh; a line is not shown, it may hold a password.
+const settings = {}
+fs.readFileSync(envFile, 'utf8').split(/\r?\n/).forEach((line, index) => {
+  if (!line.trim() || line.startsWith('#')) return
+  const [, name, value] = /^([A-Za-z_][A-Za-z0-9_]*)=(.*)$/.exec(line) ?? []
+  if (!name) throw new Error(`${envFile}: line ${index + 1} is not NAME=value`)
+  if (name in settings) throw new Error(`${envFile}: line ${index + 1} sets ${name} again`)
+  settings[name] = process.env[name] ?? value
+})
 
-// Each process is told what it needs and no more: no password of another's.
+const services = fs.readFileSync(table, 'utf8')
+  .split(/\r?\n/)
+  .map(line => line.trim())
+  .filter(line => line && !line.startsWith('#'))
+  .map(line => line.split(/\s+/).map(column => (column === '-' ? '' : column)))
+  .map(([name, , , broker, calls]) => ({ name, broker, calls: calls.split(',').filter(Boolean) }))
+
+// A process gets the variables that it needs and no others: its own, those that are common to all,
+// and the addresses of what it uses. No process gets a password of another, or of its database's owner.
 const common = /^(LOG|HTTP)_/
 const broker = /^RABBITMQ_(HOST|PORT|VHOST|QUEUE|HEARTBEAT_S)$/
-// glibc would keep an arena for each core and ever larger blocks for later use: with fixed
-// limits memory goes back after a peak. And no cache for each of 256 threads: what lies in one
-// keeps whole pages around it from being given back.
+const owner = /_DB_OWNER/
+const own = name => new RegExp(`^${name.toUpperCase()}_`)
+const address = name => new RegExp(`^${name.toUpperCase()}_(HOST|PORT|INTERNAL_PORT)$`)
+
+const variables = service => {
+  const patterns = [common, own(service.name), ...service.calls.map(address), ...(service.broker ? [broker] : [])]
+  return Object.fromEntries(
+    Object.entries(settings).filter(([name]) => !owner.test(name) && patterns.some(p => p.test(name))),
+  )
+}
+
+// By default glibc keeps an arena for each core, and raises its thresholds for large blocks as it
+// goes. With fixed limits, memory returns to the system after a peak. The cache of each
+// thread is off: with 256 threads, the few blocks in each would keep whole pages in use.
 const malloc = {
   MALLOC_ARENA_MAX: '2',
   MALLOC_TRIM_THRESHOLD_: '131072',
   MALLOC_MMAP_THRESHOLD_: '16384',
   GLIBC_TUNABLES: 'glibc.malloc.tcache_count=0',
 }
-const owner = /_DB_OWNER/
-const only = (...patterns) => Object.fromEntries(
-  Object.entries(settings).filter(([name]) => !owner.test(name) && patterns.some(p => p.test(name))),
-)
 
-const app = (name, binary, env, more = {}) => ({
-  name,
-  script: path.join(binaries, binary),
+const app = service => ({
+  name: `${service.name}_app`,
+  script: path.join(binaries, service.name),
   interpreter: 'none',
   cwd: root,
-  env: { ...malloc, ...env },
-  // Leaves out every variable of the caller: each name contains the empty string.
+  env: { ...malloc, ...variables(service) },
+  // PM2 leaves out the caller's variables whose names contain one of these texts; the empty
+  // one is contained in all.
   filter_env: [''],
-  // SIGINT first; the services need at most 5 s to finish what they have accepted.
+  // PM2 sends SIGINT, and after this time SIGKILL; a service needs at most 5 s to finish its work.
   kill_timeout: 6000,
-  // A crash costs 50 ms, a crash loop grows to 15 s a turn, and nothing is ever given up.
+  // The restart after a crash waits 50 ms, in a crash loop up to 15 s; PM2 never stops restarting.
   exp_backoff_restart_delay: 50,
   max_restarts: 1000000,
   max_memory_restart: '256M',
   merge_logs: true,
   time: false, // the services' own lines begin with the time
-  ...more,
+  ...instances(Number(settings[`${service.name.toUpperCase()}_INSTANCES`] ?? 1)),
   ...(process.env.MATINEE_USER ? { uid: process.env.MATINEE_USER, gid: process.env.MATINEE_USER } : {}),
 })
 
-// Two or more share their port (SO_REUSEPORT). PM2 cannot hear from them when they listen, so it
-// gives each the time that the slowest start takes before it turns to the next: `pm2 reload`
-// then always leaves one that answers.
+// Two or more instances share their port (SO_REUSEPORT). PM2 gets no message when they listen, so
+// a reload waits for each as long as the slowest start takes before it turns to the next: one of them
+// always answers.
 const instances = count => count > 1
   ? { exec_mode: 'fork', instances: count, wait_ready: true, listen_timeout: 3000 }
   : {}
 
-const apps = [
-  app('gateway_app', 'gateway', only(common, broker, /^GATEWAY_/, /^INVENTORY_(HOST|PORT)$/),
-    instances(Number(settings.GATEWAY_INSTANCES ?? 1))),
-  app('inventory_app', 'inventory', only(common, /^INVENTORY_/)),
-  app('billing_app', 'billing', only(common, broker, /^BILLING_/)),
-]
-
-module.exports = { apps }
+module.exports = { apps: services.map(app) }

@@ -1,27 +1,31 @@
 #!/usr/bin/env bash
 # Makes one service's roles and database, then applies the migrations that are missing.
-# Usage: provision/migrate.sh INVENTORY|BILLING   (a superuser by PGHOST, PGUSER, …)
+# Usage: provision/migrate.sh SERVICE   (e.g. inventory; connects as the superuser of PGHOST, PGUSER, …)
 
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
+lib=$(dirname "${BASH_SOURCE[0]}")/lib
+. "$lib/env.sh"
+. "$lib/services.sh"
 load_settings
 
-case ${1-} in
-  INVENTORY) group=inventory_service migrations=$root/sql/movies_db ;;
-  BILLING) group=billing_service migrations=$root/sql/billing_db ;;
-  *) die "usage: provision/migrate.sh INVENTORY|BILLING" ;;
-esac
+(($# == 1)) || die "usage: provision/migrate.sh SERVICE" "services with a database: $(services_with database | paste --serial --delimiters ' ')"
+folder=$(service_field "$1" database)
+[[ -n $folder ]] || die "$1 has no database"
+group=${1}_service
+migrations=$root/sql/$folder
+[[ -d $migrations ]] || die "$migrations is missing; provision/services names it"
 
 # The variables of this service under names without its prefix.
 for part in HOST PORT NAME USER PASSWORD OWNER OWNER_PASSWORD; do
-  variable=$1_DB_$part
+  variable=$(setting_name "$1" "DB_$part")
   require "$variable"
   export "MATINEE_DB_$part=${!variable}"
 done
 
-# The values come by \getenv: a command line can be read by every user of a machine.
-# If a statement fails, it is not logged, because it may hold a password.
-# Roles belong to the whole cluster, databases may be two: hence "if not exists" in both.
+# psql reads the values by \getenv, because every user of a machine can read command lines.
+# A statement that fails is not logged, because it may hold a password.
+# Roles belong to the whole cluster and may exist where the database does not: each is only made where
+# it is missing.
 roles_and_database() {
   PGOPTIONS='-c client_min_messages=warning -c log_min_error_statement=panic' \
     psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 \
@@ -43,6 +47,24 @@ alter role :"user" with login nosuperuser nocreatedb nocreaterole password :'pas
 alter role :"owner" with login nosuperuser nocreatedb nocreaterole password :'owner_password';
 grant :"group" to :"user";
 
+-- A login that this service had under another name, in an earlier .env, is disabled.
+create temporary view renamed as
+select member.rolname as login, service.rolname as service
+from pg_auth_members
+join pg_roles as member on member.oid = pg_auth_members.member
+join pg_roles as service on service.oid = pg_auth_members.roleid
+where not member.rolsuper;
+select count(*) > 0 as found, string_agg(login, ', ') as logins
+from renamed where service = :'group' and login <> :'user' \gset renamed_
+\if :renamed_found
+\warn disabled because the service has another login now: :renamed_logins
+select format('alter role %I nologin', login) from renamed
+where service = :'group' and login <> :'user' \gexec
+select format('revoke %I from %I', service, login) from renamed
+where service = :'group' and login <> :'user' \gexec
+\endif
+drop view renamed;
+
 select format('create database %I owner %I template template0 encoding ''UTF8'' locale ''C.UTF-8''', :'name', :'owner')
 where not exists (select from pg_database where datname = :'name') \gexec
 
@@ -54,7 +76,7 @@ revoke create on schema public from public;
 SQL
 }
 
-# For the parts of a URL: every byte that is not plain becomes %XX.
+# For the parts of a URL: every byte that is not unreserved becomes %XX.
 url_encoded() {
   local LC_ALL=C text=$1 out='' i char
   for ((i = 0; i < ${#text}; i++)); do
@@ -67,12 +89,12 @@ url_encoded() {
   printf '%s' "$out"
 }
 
-# As the owner, who is no superuser: what a migration makes belongs to the owner.
+# As the owner, a login without the rights of a superuser: what a migration makes belongs to it.
 migrate() {
   local url
-  printf -v url 'postgres://%s:%s@%s:%s/%s?sslmode=%s' \
+  printf -v url 'postgres://%s:%s@%s:%s/%s?sslmode=disable' \
     "$(url_encoded "$MATINEE_DB_OWNER")" "$(url_encoded "$MATINEE_DB_OWNER_PASSWORD")" \
-    "$MATINEE_DB_HOST" "$MATINEE_DB_PORT" "$(url_encoded "$MATINEE_DB_NAME")" "${PGSSLMODE:-disable}"
+    "$MATINEE_DB_HOST" "$MATINEE_DB_PORT" "$(url_encoded "$MATINEE_DB_NAME")"
   DATABASE_URL=$url "${DBMATE:-$root/.local/npm/node_modules/.bin/dbmate}" \
     --env-file /dev/null --no-dump-schema --migrations-dir "$migrations" migrate
 }

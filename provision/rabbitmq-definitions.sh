@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Prints what RabbitMQ shall hold as its definitions: virtual host, users, rights, dead-letter policy.
+# Prints RabbitMQ's definitions: virtual host, users, their rights by provision/services, dead-letter policy.
 # Usage: provision/rabbitmq-definitions.sh | rabbitmqctl import_definitions
 
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
+lib=$(dirname "${BASH_SOURCE[0]}")/lib
+. "$lib/env.sh"
+. "$lib/services.sh"
 load_settings
-require RABBITMQ_VHOST RABBITMQ_QUEUE RABBITMQ_ADMIN_USER RABBITMQ_ADMIN_PASSWORD \
-  GATEWAY_RABBITMQ_USER GATEWAY_RABBITMQ_PASSWORD BILLING_RABBITMQ_USER BILLING_RABBITMQ_PASSWORD
+required=(RABBITMQ_VHOST RABBITMQ_QUEUE RABBITMQ_ADMIN_USER RABBITMQ_ADMIN_PASSWORD)
+for service in $(services_with broker); do
+  required+=("$(setting_name "$service" RABBITMQ_USER)" "$(setting_name "$service" RABBITMQ_PASSWORD)")
+done
+require "${required[@]}"
 
 json() {
   local text=${1//\\/\\\\}
@@ -17,32 +22,41 @@ user() { # name, password, tag
   printf '{"name": %s, "password": %s, "tags": %s}' "$(json "$1")" "$(json "$2")" "$(json "$3")"
 }
 
-# Each right is a pattern of names; an empty one allows nothing.
-# "amq.default" is the default exchange, by which a message reaches a queue by name.
+# Each right is a pattern of names; an empty one allows nothing. "amq.default" is the default
+# exchange, which delivers a message to the queue of the name that the message carries.
 permission() { # user, configure, write, read
   printf '{"user": %s, "vhost": %s, "configure": %s, "write": %s, "read": %s}' \
     "$(json "$1")" "$(json "$RABBITMQ_VHOST")" "$(json "$2")" "$(json "$3")" "$(json "$4")"
 }
 
-queue=${RABBITMQ_QUEUE//./\\.}
+# The rights and the policy have patterns: in them the queue's name is quoted.
+# shellcheck disable=SC2001,SC2016 # a class of characters
+queue=$(sed 's/[][\\.|$(){}?+*^]/\\&/g' <<<"$RABBITMQ_QUEUE")
+users=$(user "$RABBITMQ_ADMIN_USER" "$RABBITMQ_ADMIN_PASSWORD" administrator)
+permissions=$(permission "$RABBITMQ_ADMIN_USER" '.*' '.*' '.*')
+for service in $(services_with broker); do
+  name=$(setting "$service" RABBITMQ_USER)
+  users+=$',\n    '$(user "$name" "$(setting "$service" RABBITMQ_PASSWORD)" '')
+  case $(service_field "$service" broker) in
+    publish) rights=$(permission "$name" "^$queue\$" '^amq\.default$' '') ;;
+    consume) rights=$(permission "$name" "^$queue(\\.dead)?\$" '^amq\.default$' "^$queue(\\.dead)?\$") ;;
+  esac
+  permissions+=$',\n    '$rights
+done
 
-# Dead letters by a policy, not by arguments of the queue: a client that
-# declares the queue as plain and durable still finds what it expects. Lazy, so that
-# waiting messages lie on the disk and not in the queue's heap as well: its garbage collection
-# keeps everybody waiting. From RabbitMQ 3.12 on every queue is like that, and the word means
-# nothing.
+# Dead letters by a policy and not by arguments of the queue: so a client that declares the queue
+# as durable and without arguments gets no error. "lazy" keeps waiting messages on the disk only;
+# in the memory of the queue's process they would lengthen its garbage collections, during which
+# every publisher and consumer of the queue waits. From RabbitMQ 3.12 on every queue is lazy,
+# and the setting has no effect.
 cat <<JSON
 {
   "vhosts": [{"name": $(json "$RABBITMQ_VHOST")}],
   "users": [
-    $(user "$RABBITMQ_ADMIN_USER" "$RABBITMQ_ADMIN_PASSWORD" administrator),
-    $(user "$GATEWAY_RABBITMQ_USER" "$GATEWAY_RABBITMQ_PASSWORD" ''),
-    $(user "$BILLING_RABBITMQ_USER" "$BILLING_RABBITMQ_PASSWORD" '')
+    $users
   ],
   "permissions": [
-    $(permission "$RABBITMQ_ADMIN_USER" '.*' '.*' '.*'),
-    $(permission "$GATEWAY_RABBITMQ_USER" "^$queue\$" '^amq\.default$' ''),
-    $(permission "$BILLING_RABBITMQ_USER" "^$queue(\\.dead)?\$" '^amq\.default$' "^$queue(\\.dead)?\$")
+    $permissions
   ],
   "policies": [
     {

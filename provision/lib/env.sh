@@ -1,6 +1,18 @@
 #!/usr/bin/env bash
-# What every script here needs first: the settings of .env, and a way to fail.
-# Sourced, never run: . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+# What every script needs first: the settings of .env, error messages, and a look at ports.
+# Sourced before the other files of lib/.
+
+# The same in every locale: in a Turkish one, for example, the capital of i is not I.
+export LC_ALL=C.UTF-8
+# With CDPATH, cd prints the directory and may choose another one. systemd's timers set no HOME.
+unset CDPATH
+export HOME=${HOME:-$(getent passwd "$EUID" | cut --delimiter : --fields 6)}
+# libpq reads these; they would lead psql, pg_dump and dbmate to another server or break their output.
+# PGHOST, PGPORT, PGUSER and PGPASSWORD are set wherever a script connects.
+unset PGHOSTADDR PGDATABASE PGSERVICE PGSERVICEFILE PGPASSFILE PGOPTIONS PGCLIENTENCODING PGSSLMODE \
+  PGSSLNEGOTIATION PGSSLCERT PGSSLKEY PGSSLROOTCERT PGSSLCRL PGSSLCRLDIR PGREQUIRESSL PGREQUIREPEER \
+  PGREQUIREAUTH PGCHANNELBINDING PGGSSENCMODE PGKRBSRVNAME PGTARGETSESSIONATTRS PGLOADBALANCEHOSTS \
+  PGCONNECT_TIMEOUT PGDATESTYLE PGTZ PGGEQO PGSYSCONFDIR PGLOCALEDIR PGAPPNAME
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 
@@ -11,36 +23,57 @@ die() {
   exit 1
 }
 
-# Exports what .env says; a variable that is already set wins.
+# Without ~/.curlrc, whose options change the output.
+curl() { command curl --disable "$@"; }
+
+# Exports the variables of .env; one that is set in the environment keeps that value. The services, PM2's
+# ecosystem file and the Vagrantfile read the file by the same rule, and refuse the same lines.
 load_settings() {
-  local line file=${MATINEE_ENV_FILE:-$root/.env}
+  local line number=0 name file=${MATINEE_ENV_FILE:-$root/.env}
+  local -A line_of=()
   [[ -r $file ]] || die "cannot read $file"
   while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
     line=${line%$'\r'}
-    [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || continue
-    if [[ -z ${!BASH_REMATCH[1]+set} ]]; then
-      export "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
-    else
-      export "${BASH_REMATCH[1]?}"
+    if ((number == 1)) && [[ $line == $'\xef\xbb\xbf'* ]]; then
+      die "$file: line 1 begins with a byte order mark" "save the file without it"
     fi
+    [[ -n ${line//[[:space:]]/} && $line != '#'* ]] || continue
+    # The line is not shown: it may hold a password.
+    [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] \
+      || die "$file: line $number is not NAME=value" "no \"export\", no space before \"=\""
+    name=${BASH_REMATCH[1]}
+    [[ -z ${line_of[$name]-} ]] || die "$file: line $number sets $name again, which line ${line_of[$name]} sets"
+    line_of[$name]=$number
+    if [[ -z ${!name+set} ]]; then export "$name=${BASH_REMATCH[2]}"; else export "${name?}"; fi
   done <"$file"
 }
 
-# Dies naming every one that is missing or empty.
+# Dies naming every variable that is missing or empty.
 require() {
   local name missing=()
   for name; do [[ -n ${!name-} ]] || missing+=("$name"); done
   ((${#missing[@]} == 0)) || die "not set: ${missing[*]}" "they belong in $root/.env"
 }
 
-# Who listens on a TCP port, as "name (process 123)"; nothing when nobody does.
-listener() {
-  local line
-  line=$(ss --listening --tcp --numeric --processes --no-header "sport = :$1" 2>/dev/null | head -n 1)
-  [[ -n $line ]] || return 0
-  if [[ $line =~ \(\(\"([^\"]+)\",pid=([0-9]+) ]]; then
-    printf '%s (process %s)\n' "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
-  else
-    printf 'a process of another user\n'
-  fi
+# The process that listens on a TCP port of an address, as "name (process 123)"; nothing where it is free.
+# A listener on every address counts for each address, and so does a port wanted on every address.
+listener() { # port, address (every address by default)
+  local line local_address wanted=${2-}
+  wanted=${wanted#[}
+  wanted=${wanted%]}
+  while read -r line; do
+    local_address=$(awk '{print $4}' <<<"$line")
+    local_address=${local_address%:*}
+    local_address=${local_address#[}
+    local_address=${local_address%]}
+    local_address=${local_address#::ffff:}
+    case $wanted in '' | 0.0.0.0 | ::) ;; *) [[ $local_address =~ ^(\*|0\.0\.0\.0|::)$ || $local_address == "$wanted" ]] || continue ;; esac
+    if [[ $line =~ \(\(\"([^\"]+)\",pid=([0-9]+) ]]; then
+      printf '%s (process %s)\n' "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
+    else
+      printf 'a process of another user\n'
+    fi
+    return 0
+  done < <(ss --listening --tcp --numeric --processes --no-header "sport = :$1" 2>/dev/null)
 }

@@ -32,7 +32,7 @@ put() { # path, mode, owner:group
 put_file() { # source, path, mode, owner:group
   local owner=${4:-root:root}
   if ! cmp --silent "$1" "$2"; then
-    # Beside it and then in its place: a program that runs keeps its file, and nobody reads half of one.
+    # Written beside it and then renamed: a running program keeps its file, and no half file is read.
     install -D --mode "$3" --owner "${owner%:*}" --group "${owner#*:}" "$1" "$2.new"
     mv --force "$2.new" "$2"
     changed "$2"

@@ -75,7 +75,7 @@ if ! cmp --silent "$dist/tools.tar.gz" "$home/tools.tar.gz"; then
   put_file "$dist/tools.tar.gz" "$home/tools.tar.gz" 0644
 fi
 
-# Whoever asks before systemd has brought PM2 up would start a second one beside it.
+# A command before systemd has started PM2 would start a second PM2.
 put /usr/local/bin/pm2 0755 <<SH
 #!/bin/sh
 # PM2 as an operator types it: always the one of the unit pm2-root, which is started if need be.

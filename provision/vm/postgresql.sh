@@ -29,6 +29,6 @@ await 120 "PostgreSQL" pg_isready --quiet --host /var/run/postgresql --port "$po
 
 # As the system's user postgres, whom PostgreSQL's socket knows without a password.
 runuser --user postgres -- env PGHOST=/var/run/postgresql PGPORT="$port" PGUSER=postgres \
-  DBMATE="$home/npm/node_modules/.bin/dbmate" "$here/../migrate.sh" "$1" | while IFS= read -r line; do
+  DBMATE="$home/npm/node_modules/.bin/dbmate" "$here/../migrate.sh" "${1,,}" | while IFS= read -r line; do
   if [[ $line == Applied:* ]]; then changed "$line"; fi
 done
