@@ -5,6 +5,7 @@
 # The settings come by the environment: no file in a VM holds those of another service.
 export MATINEE_ENV_FILE=/dev/null DEBIAN_FRONTEND=noninteractive
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/services.sh"
 
 # shellcheck disable=SC2034 # used by those who source this
 home=/opt/matinee

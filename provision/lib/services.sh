@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of services, provision/services, as functions; reading it checks every row.
 # Sourced after env.sh; needs $root.
-# shellcheck disable=SC2154
+# shellcheck disable=SC2154 # $root is of env.sh
 
 # services                     the names, in the order of the table
 # services_with COLUMN         those whose column is not "-"

@@ -1,17 +1,13 @@
 #!/usr/bin/env bash
 # What every machine has: packages, security updates, the services' user, the firewall, PM2.
-# Usage: provision/vm/base.sh gateway|inventory|billing   (called by machine.sh)
+# Usage: provision/vm/base.sh MACHINE   (called by machine.sh)
 
 set -euo pipefail
 here=$(dirname "$(readlink --canonicalize "${BASH_SOURCE[0]}")")
 . "$here/../lib/guest.sh"
+. "$here/../lib/firewall.sh"
 
-# Whom the firewall lets in besides ssh: what the machine is there for, and from where.
-case $1 in
-  gateway) open="tcp dport $GATEWAY_PORT accept" ;;
-  inventory) open="ip saddr $GATEWAY_ADDRESS tcp dport $INVENTORY_PORT accept" ;;
-  billing) open="ip saddr $GATEWAY_ADDRESS tcp dport $RABBITMQ_PORT accept" ;;
-esac
+open=$(firewall_rules "$1" | sort --unique | sed '2,$s/^/    /')
 
 packages nodejs nftables unattended-upgrades logrotate curl
 

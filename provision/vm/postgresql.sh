@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# PostgreSQL on loopback, with one service's roles, database and migrations.
-# Usage: provision/vm/postgresql.sh INVENTORY|BILLING   (called by machine.sh)
+# PostgreSQL on loopback, with the roles, databases and migrations of the services on this machine.
+# Usage: provision/vm/postgresql.sh SERVICE…   (called by machine.sh)
 
 set -euo pipefail
 here=$(dirname "$(readlink --canonicalize "${BASH_SOURCE[0]}")")
 . "$here/../lib/guest.sh"
-port=$1_DB_PORT
-port=${!port}
+port=$(setting "$1" DB_PORT)
+for service in "$@"; do
+  [[ "$(setting "$service" DB_PORT)" == "$port" ]] \
+    || die "$(setting_name "$service" DB_PORT) and $(setting_name "$1" DB_PORT) differ: a machine has one PostgreSQL"
+done
 
 packages postgresql
 settings=$(compgen -G '/etc/postgresql/*/main/conf.d')
@@ -27,8 +30,10 @@ CONF
 enable_unit postgresql
 await 120 "PostgreSQL" pg_isready --quiet --host /var/run/postgresql --port "$port"
 
-# As the system's user postgres, whom PostgreSQL's socket knows without a password.
-runuser --user postgres -- env PGHOST=/var/run/postgresql PGPORT="$port" PGUSER=postgres \
-  DBMATE="$home/npm/node_modules/.bin/dbmate" "$here/../migrate.sh" "${1,,}" | while IFS= read -r line; do
-  if [[ $line == Applied:* ]]; then changed "$line"; fi
+# The system user postgres needs no password on PostgreSQL's socket.
+for service in "$@"; do
+  runuser --user postgres -- env PGHOST=/var/run/postgresql PGPORT="$port" PGUSER=postgres \
+    DBMATE="$home/npm/node_modules/.bin/dbmate" "$here/../migrate.sh" "$service" | while IFS= read -r line; do
+    if [[ $line == Applied:* ]]; then changed "$line"; fi
+  done
 done

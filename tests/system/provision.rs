@@ -107,6 +107,45 @@ fn a_machine_holds_several_services_and_a_service_calls_one_on_another_machine()
 }
 
 #[test]
+fn the_firewall_of_a_machine_lets_in_the_machines_that_call_its_services() {
+    let settings = "
+VM_GATEWAY_IP=10.0.0.1
+VM_INVENTORY_IP=10.0.0.2
+VM_BILLING_IP=10.0.0.3
+GATEWAY_HOST=0.0.0.0
+GATEWAY_PORT=3000
+INVENTORY_HOST=10.0.0.2
+INVENTORY_PORT=8080
+CUSTOMERS_PORT=8082
+CUSTOMERS_INTERNAL_PORT=9082
+ORDERS_PORT=8083
+BILLING_HOST=127.0.0.1
+BILLING_PORT=8081
+RABBITMQ_PORT=5672
+";
+    let files = Files::new("firewall", FIVE, settings);
+    let rules = |machine: &str| {
+        let script = format!("load_settings; . lib/firewall.sh; firewall_rules {machine} | sort");
+        printed(&files.shell(&script)).lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(rules("gateway-vm"), ["tcp dport 3000 accept"]);
+    assert_eq!(
+        rules("inventory-vm"),
+        [
+            "ip saddr 10.0.0.1 tcp dport 8080 accept",
+            "ip saddr 10.0.0.1 tcp dport 8082 accept",
+            "ip saddr 10.0.0.1 tcp dport 9082 accept",
+            "ip saddr 10.0.0.3 tcp dport 8080 accept",
+            "ip saddr 10.0.0.3 tcp dport 8082 accept",
+            "ip saddr 10.0.0.3 tcp dport 9082 accept",
+        ]
+    );
+    let expected =
+        ["ip saddr 10.0.0.1 tcp dport 5672 accept", "ip saddr 10.0.0.1 tcp dport 8083 accept"];
+    assert_eq!(rules("billing-vm"), expected);
+}
+
+#[test]
 fn a_process_gets_its_own_variables_and_the_addresses_of_what_it_calls_and_no_others() {
     let mut settings = String::from("VM_X=1\nLOG_LEVEL=info\nHTTP_BODY=1\nPOSTGRES_PORT=1\n");
     for name in ["HOST", "PORT", "VHOST", "QUEUE", "HEARTBEAT_S", "ADMIN_PASSWORD", "DIST_PORT"] {

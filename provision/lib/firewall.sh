@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The rules of a machine's firewall, from the table of services and the addresses in .env.
+# Sourced after services.sh.
+# shellcheck disable=SC2154 # the variables are those of .env
+
+# gateway-vm has its address in VM_GATEWAY_IP.
+ip_variable() { # machine
+  local name=${1%-vm}
+  printf 'VM_%s_IP\n' "$(tr '[:lower:]-' '[:upper:]_' <<<"$name")"
+}
+
+# Besides ssh: the ports of this machine's services for the machines whose services call them, the broker's
+# port for those that use it, and for every address the port of a service that no service calls and that
+# listens on every address.
+firewall_rules() { # machine
+  local service caller suffix port machines
+  for service in $(services_on "$1"); do
+    machines=$(for caller in $(callers_of "$service"); do service_field "$caller" machine; done)
+    for suffix in PORT INTERNAL_PORT; do
+      port=$(setting "$service" "$suffix")
+      [[ -n $port ]] || continue
+      allow "$1" "$port" "$machines"
+      if [[ $suffix == PORT && -z $machines && "$(setting "$service" HOST)" == 0.0.0.0 ]]; then
+        printf 'tcp dport %s accept\n' "$port"
+      fi
+    done
+    if [[ "$(service_field "$service" broker)" == consume ]]; then
+      machines=$(for caller in $(services_with broker); do service_field "$caller" machine; done)
+      allow "$1" "$RABBITMQ_PORT" "$machines"
+    fi
+  done
+}
+
+# A port of this machine for other machines.
+allow() { # this machine, port, machines
+  local other ip
+  while IFS= read -r other; do
+    [[ -n $other && $other != "$1" ]] || continue
+    ip=$(ip_variable "$other")
+    printf 'ip saddr %s tcp dport %s accept\n' "${!ip}" "$2"
+  done <<<"$3"
+}
