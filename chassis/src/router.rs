@@ -70,7 +70,8 @@ pub fn dispatch<A>(routes: &[Route<A>], app: &A, request: &Request) -> RoutedRes
 
 fn match_template<'p>(template: &str, path: &'p str) -> Option<Vec<&'p str>> {
     let path = path.strip_prefix('/')?;
-    let path = path.strip_suffix('/').unwrap_or(path);
+    // "//" is not "/" with a trailing slash.
+    let path = path.strip_suffix('/').filter(|rest| !rest.is_empty()).unwrap_or(path);
     let mut segments = path.split('/');
     let mut params = Vec::new();
     for wanted in template[1..].split('/') {
@@ -92,4 +93,20 @@ fn match_template<'p>(template: &str, path: &'p str) -> Option<Vec<&'p str>> {
 pub fn positive_id(params: &Params<'_>) -> Option<i64> {
     let digits = params.first().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
     digits.parse().ok().filter(|positive_id| *positive_id > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_matches_with_and_without_a_trailing_slash_and_no_other_does() {
+        let matches = |template, path| match_template(template, path).is_some();
+        assert!(matches("/", "/") && matches("/a", "/a") && matches("/a", "/a/"));
+        assert!(matches("/a/{id}", "/a/1/") && matches("/a/*", "/a") && matches("/a/*", "/a/b/c"));
+        for (template, path) in [("/", "//"), ("/a", "/a//"), ("/a", "//a"), ("/a/{id}", "/a/1/2")]
+        {
+            assert!(!matches(template, path), "{path}");
+        }
+    }
 }
