@@ -370,6 +370,21 @@ fn deleting_all_movies_tells_how_many_and_starts_the_ids_again() {
     assert_eq!(post(&app, &json!({ "title": "first again" })).json()["id"], 1);
 }
 
+#[test]
+fn a_deletion_of_all_with_a_query_is_refused_and_deletes_nothing() {
+    let (app, db) = inventory();
+    fill(&db, 3);
+    for query in ["id=2", "title=Movie%202", "limit=1", "after=2", "x", "=", "&"] {
+        for path in ["/api/movies", "/api/movies/"] {
+            let refused = ask(&app, "DELETE", &format!("{path}?{query}"), &[], "");
+            assert_eq!(refused.status, 422, "{path}?{query}: {}", refused.body);
+            assert!(refused.body.contains("deletes all movies"), "{}", refused.body);
+        }
+    }
+    assert_eq!(get(&app, "/api/movies").ids(), [1, 2, 3]);
+    assert_eq!(ask(&app, "DELETE", "/api/movies?", &[], "").status, 200);
+}
+
 // --- versions -----------------------------------------------------------------
 
 #[test]
@@ -400,6 +415,50 @@ fn a_version_that_the_client_has_is_not_sent_again() {
     let reply = ask(&app, "GET", "/api/movies/1", &[("If-None-Match", &etag)], "");
     assert_eq!((reply.status, reply.etag()), (200, changed.etag()));
     assert_eq!(ask(&app, "GET", "/api/movies/2", &[("If-None-Match", "*")], "").status, 404);
+}
+
+#[test]
+fn a_get_or_head_with_an_if_match_of_another_version_is_412() {
+    let (app, _db) = inventory();
+    let stale = post(&app, &json!({ "title": "a" })).etag().to_owned();
+    let current = put(&app, "/api/movies/1", &json!({ "title": "b" })).etag().to_owned();
+    let (weak, list) = (format!("W/{current}"), format!("{stale}, {current}"));
+    for method in ["GET", "HEAD"] {
+        for (sent, status) in [
+            ("\"other\"", 412),
+            (stale.as_str(), 412),
+            (&weak, 412),
+            (&current, 200),
+            (&list, 200),
+            ("*", 200),
+            ("garbage", 400),
+        ] {
+            let reply = ask(&app, method, "/api/movies/1", &[("If-Match", sent)], "");
+            assert_eq!(reply.status, status, "{method} {sent}: {}", reply.body);
+        }
+        // If-Match is looked at first (RFC 9110 section 13.2.2).
+        let both = [("If-Match", stale.as_str()), ("If-None-Match", &current)];
+        assert_eq!(ask(&app, method, "/api/movies/1", &both, "").status, 412);
+        assert_eq!(ask(&app, method, "/api/movies/2", &[("If-Match", "*")], "").status, 404);
+    }
+}
+
+#[test]
+fn a_tag_of_another_cluster_or_timeline_matches_nothing() {
+    let (app, _db) = inventory();
+    let current = post(&app, &json!({ "title": "a" })).etag().to_owned();
+    // The same transaction number after another cluster, and without any.
+    let (cluster, version) = current.trim_matches('"').split_once('-').unwrap();
+    let other = format!("\"{:x}-{version}\"", u64::from_str_radix(cluster, 16).unwrap() ^ 1);
+    for tag in [other, format!("\"{version}\""), format!("\"-{version}\"")] {
+        for method in ["GET", "PUT", "DELETE"] {
+            let headers = [("If-Match", tag.as_str())];
+            let reply = ask(&app, method, "/api/movies/1", &headers, r#"{"title":"b"}"#);
+            assert_eq!(reply.status, 412, "{method} {tag}");
+        }
+        let read = ask(&app, "GET", "/api/movies/1", &[("If-None-Match", tag.as_str())], "");
+        assert_eq!((read.status, &read.json()["title"]), (200, &json!("a")), "{tag}");
+    }
 }
 
 #[test]
@@ -794,6 +853,31 @@ fn after_an_import_with_explicit_ids_a_movie_gets_the_next_free_id() {
         let added = post(&app, &json!({ "title": "Dune" }));
         assert_eq!((added.status, &added.json()["id"]), (201, &json!(id)));
     }
+}
+
+#[test]
+fn after_an_import_of_the_greatest_possible_id_a_new_movie_is_a_409_that_says_so() {
+    let (app, db) = inventory();
+    db.superuser()
+        .batch_execute(
+            "insert into movies (id, title)
+             overriding system value
+             values (1, 'Alien'), (9223372036854775806, 'Brazil')",
+        )
+        .unwrap();
+    let last = post(&app, &json!({ "title": "Casablanca" }));
+    assert_eq!((last.status, &last.json()["id"]), (201, &json!(i64::MAX)));
+    for _ in 0..2 {
+        let refused = post(&app, &json!({ "title": "Dune" }));
+        assert_eq!(refused.status, 409, "{}", refused.body);
+        assert!(refused.body.contains("no id is left"), "{}", refused.body);
+    }
+    // Everything else goes on.
+    let changed = put(&app, "/api/movies/9223372036854775807", &json!({ "title": "C" }));
+    assert_eq!(changed.status, 200);
+    assert_eq!(get(&app, "/api/movies").ids(), [1, i64::MAX - 1, i64::MAX]);
+    assert_eq!(ask(&app, "DELETE", "/api/movies", &[], "").status, 200);
+    assert_eq!(post(&app, &json!({ "title": "Dune" })).json()["id"], 1);
 }
 
 // --- when the database fails ----------------------------------------------------

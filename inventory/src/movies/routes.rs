@@ -20,7 +20,7 @@ pub fn list(app: &App, request: &Request, _: &Params) -> Result<Response, Proble
 /// `POST /api/movies`
 pub fn create(app: &App, request: &Request, _: &Params) -> Result<Response, Problem> {
     let new = NewMovie::from_json(&http::json_text(request)?)?;
-    let created = app.db.write(|db| store::insert(db, &new))?;
+    let created = app.db.write(|db| store::insert(db, &new))?.ok_or_else(no_id_left)?;
     let location = format!("/api/movies/{}", created.movie.id);
     Ok(with_etag(response::created(location, &created.movie), &created))
 }
@@ -102,6 +102,11 @@ fn into_result<T>(outcome: WriteOutcome<T>) -> Result<T, Problem> {
 
 fn precondition_failed() -> Problem {
     Problem::new(412, "the movie has changed since")
+}
+
+/// After an import of the greatest possible id. It is no 503, because it does not pass by itself.
+fn no_id_left() -> Problem {
+    Problem::new(409, "no id is left for a new movie: an id of 9223372036854775807 was used")
 }
 
 fn not_found() -> Problem {

@@ -106,13 +106,17 @@ const INSERT: &str = "
 /// How often an insert is attempted whose id is taken.
 const MAX_INSERT_ATTEMPTS: u32 = 3;
 
-/// Adds a movie under the next free id. After an import with explicit ids the sequence lags behind:
-/// then it is advanced, and the insert is attempted again.
-pub fn insert(db: &mut Db, new: &NewMovie) -> Result<Versioned, Error> {
+/// Adds a movie under the next free id, or returns `None` when the greatest possible id is used up.
+/// After an import with explicit ids the sequence lags behind: then it is advanced, and the insert
+/// is attempted again.
+pub fn insert(db: &mut Db, new: &NewMovie) -> Result<Option<Versioned>, Error> {
     let mut attempts = 1;
     loop {
         match db.client.query_one(&db.statements.insert, &[&new.title, &new.description]) {
-            Ok(row) => return versioned(db, &row),
+            Ok(row) => return versioned(db, &row).map(Some),
+            Err(err) if err.code() == Some(&SqlState::SEQUENCE_GENERATOR_LIMIT_EXCEEDED) => {
+                return Ok(None);
+            }
             // The only unique constraint is the primary key.
             Err(err)
                 if err.code() == Some(&SqlState::UNIQUE_VIOLATION)
