@@ -25,7 +25,9 @@ restore() { # directory
   for service in $(services_with database); do
     database=$(setting "$service" DB_NAME)
     new_database "$service" "$database.restored"
-    as_superuser pg_restore --exit-on-error --single-transaction --dbname "$database.restored" "$1/$service.dump"
+    # The owner and its login may have had other names at the backup.
+    as_superuser pg_restore --no-owner --role "$(setting "$service" DB_OWNER)" \
+      --exit-on-error --single-transaction --dbname "$database.restored" "$1/$service.dump"
   done
   for service in $(services_with database); do
     database=$(setting "$service" DB_NAME)

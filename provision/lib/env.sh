@@ -7,12 +7,12 @@ export LC_ALL=C.UTF-8
 # With CDPATH, cd prints the directory and may choose another one. systemd's timers set no HOME.
 unset CDPATH
 export HOME=${HOME:-$(getent passwd "$EUID" | cut --delimiter : --fields 6)}
-# libpq reads these; they would lead psql, pg_dump and dbmate to another server or break their output.
-# PGHOST, PGPORT, PGUSER and PGPASSWORD are set wherever a script connects.
-unset PGHOSTADDR PGDATABASE PGSERVICE PGSERVICEFILE PGPASSFILE PGOPTIONS PGCLIENTENCODING PGSSLMODE \
-  PGSSLNEGOTIATION PGSSLCERT PGSSLKEY PGSSLROOTCERT PGSSLCRL PGSSLCRLDIR PGREQUIRESSL PGREQUIREPEER \
-  PGREQUIREAUTH PGCHANNELBINDING PGGSSENCMODE PGKRBSRVNAME PGTARGETSESSIONATTRS PGLOADBALANCEHOSTS \
-  PGCONNECT_TIMEOUT PGDATESTYLE PGTZ PGGEQO PGSYSCONFDIR PGLOCALEDIR PGAPPNAME
+# The variables of libpq and dbmate would lead psql, pg_dump and dbmate to another server or table, or
+# change their output. These four of libpq are set wherever a script connects; DBMATE is our own.
+for name in "${!PG@}" "${!DBMATE_@}"; do
+  case $name in PGHOST | PGPORT | PGUSER | PGPASSWORD) ;; *) unset "$name" ;; esac
+done
+unset name
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 

@@ -1,10 +1,18 @@
-//! `provision/local backup` and `restore`: the restored databases equal those that were saved.
+//! `provision/local backup` and `restore`: the restored databases equal those that were saved, a
+//! restore that is refused changes nothing, and the caller's shell has no influence.
 
-use std::path::Path;
-use std::process::Command;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
 
-use chassis::testing::{TestDb, connect_as_service, test_var};
+use chassis::testing::migrations::{Migrator, migrations_of};
+use chassis::testing::{
+    TestDb, connect_as_service, connect_as_superuser, repository_root, test_var, unique_name,
+};
+use parking_lot::Mutex;
 use postgres::Client;
+
+use crate::shell::unfriendly_shell;
 
 const LOCAL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../provision/local");
 
@@ -26,49 +34,223 @@ const ORDERS: &str = r"
     insert into processed_messages values (E'\\\t', '\x00ff', '2020-02-29 23:59:59.999999+00');
     insert into in_doubt (batch, digest) values (-9223372036854775808, '');";
 
+const ORDER: &str =
+    "insert into orders (user_id, number_of_items, total_amount) values ('x', 1, 1)";
+
 #[test]
 fn a_restored_backup_has_every_row_and_privilege_and_continues_with_the_next_id() {
-    let template = [test_var("INVENTORY_DB_NAME"), test_var("BILLING_DB_NAME")];
-    let [old, new] = [0, 1].map(|_| template.each_ref().map(|name| TestDb::new(name)));
-    old[0].superuser().batch_execute(MOVIES).unwrap();
-    old[1].superuser().batch_execute(ORDERS).unwrap();
+    let [old, new] = [Databases::new(), Databases::new()];
+    old.movies.superuser().batch_execute(MOVIES).unwrap();
+    old.orders.superuser().batch_execute(ORDERS).unwrap();
     // A row that the restore must remove.
-    let other = "insert into orders (user_id, number_of_items, total_amount) values ('x', 1, 1)";
-    new[1].superuser().batch_execute(other).unwrap();
+    new.orders.superuser().batch_execute(ORDER).unwrap();
+    let folder = Folder::new();
+    old.backup(&folder);
+    new.restore(&folder);
 
-    let directory = std::env::temp_dir().join(format!("matinee-backup-{}", old[0].name));
-    run("backup", &directory, &old);
-    run("restore", &directory, &new);
-    std::fs::remove_dir_all(&directory).unwrap();
-
-    for (old, new) in old.iter().zip(&new) {
-        let (before, after) = (content(&mut old.superuser()), content(&mut new.superuser()));
-        assert!(before.len() > 5, "{before:?}");
-        assert_eq!(before, after);
+    for (old, new) in old.contents().into_iter().zip(new.contents()) {
+        assert!(old.len() > 5, "{old:?}");
+        assert_eq!(old, new);
     }
     // The services' own roles have their privileges again, and no others.
-    let mut movies = connect_as_service("INVENTORY", &new[0].name);
+    let mut movies = connect_as_service("INVENTORY", &new.movies.name);
     let add = "insert into movies (title) values ('next') returning id";
     assert_eq!(movies.query_one(add, &[]).unwrap().get::<_, i64>(0), 9223372036854770001);
     assert!(movies.batch_execute("truncate movies").is_err());
     let deleted = movies.query_one("select delete_all_movies()", &[]).unwrap().get::<_, i64>(0);
     assert!(deleted > 90, "{deleted}");
-    let mut orders = connect_as_service("BILLING", &new[1].name);
+    let mut orders = connect_as_service("BILLING", &new.orders.name);
     let add = "insert into orders (user_id, number_of_items, total_amount) values ('y', 1, 1)
         returning id";
     assert_eq!(orders.query_one(add, &[]).unwrap().get::<_, i64>(0), 5);
     assert!(orders.batch_execute("delete from orders").is_err());
 }
 
-fn run(command: &str, directory: &Path, databases: &[TestDb; 2]) {
-    let done = Command::new(LOCAL)
-        .arg(command)
-        .arg(directory)
-        .env("INVENTORY_DB_NAME", &databases[0].name)
-        .env("BILLING_DB_NAME", &databases[1].name)
+#[test]
+fn a_restore_that_is_refused_changes_nothing() {
+    let [saved, present] = [Databases::new(), Databases::new()];
+    saved.movies.superuser().batch_execute(MOVIES).unwrap();
+    saved.orders.superuser().batch_execute(ORDERS).unwrap();
+    present.orders.superuser().batch_execute(ORDER).unwrap();
+    let backup = Folder::new();
+    saved.backup(&backup);
+    let read = |name: &str| fs::read(backup.0.join(name)).unwrap();
+    let (movies, orders) = (read("inventory.dump"), read("billing.dump"));
+    saved.orders.superuser().batch_execute("create table later (id int)").unwrap();
+    saved.backup(&backup);
+    let later = read("billing.dump");
+
+    let before = present.contents();
+    let refused = |inventory: Option<&[u8]>, billing: Option<&[u8]>, reason: &str| {
+        let folder = Folder::new();
+        for (name, dump) in [("inventory.dump", inventory), ("billing.dump", billing)] {
+            if let Some(dump) = dump {
+                fs::write(folder.0.join(name), dump).unwrap();
+            }
+        }
+        let output = present.run("restore", &folder, &mut Command::new(LOCAL));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(reason), "{reason}: {text}");
+        assert_eq!(present.contents(), before, "{reason}");
+    };
+    let (movies, orders) = (Some(&*movies), Some(&*orders));
+    refused(orders, orders, "is not a dump of inventory");
+    refused(movies, movies, "is not a dump of billing");
+    refused(movies, None, "billing.dump is missing");
+    refused(None, orders, "inventory.dump is missing");
+    refused(movies, Some(&later), "has no table later");
+    let whole = orders.unwrap_or_default();
+    for length in [0, 4, whole.len() / 4, whole.len() / 2, whole.len() - 1] {
+        refused(movies, Some(&whole[..length]), "is not a complete dump");
+    }
+    refused(movies, Some(b"create table orders (id int);"), "is not a complete dump");
+    let _running = connect_as_service("BILLING", &present.orders.name);
+    refused(movies, orders, "billing is running");
+
+    let mut databases = connect_as_superuser("postgres");
+    let left = "select datname::text from pg_database where datname like '%restored'";
+    assert!(databases.query(left, &[]).unwrap().is_empty());
+}
+
+#[test]
+fn a_backup_from_before_a_migration_is_restored_and_then_migrated() {
+    let old = Databases { movies: TestDb::new("template0"), orders: TestDb::new("template0") };
+    let mut steps = 0;
+    for (db, service, folder) in
+        [(&old.movies, "INVENTORY", "movies_db"), (&old.orders, "BILLING", "billing_db")]
+    {
+        db.superuser().batch_execute("revoke create on schema public from public").unwrap();
+        let migrations = migrations_of(folder);
+        Migrator::new(db, service).apply(&migrations[0]);
+        steps += migrations.len() - 1;
+    }
+    assert!(steps > 0, "there is no migration after the first");
+    let movie = "insert into movies (title) values ('Caf\u{e9}')";
+    old.movies.superuser().batch_execute(movie).unwrap();
+    old.orders.superuser().batch_execute(ORDER).unwrap();
+    let folder = Folder::new();
+    old.backup(&folder);
+
+    let new = Databases::new();
+    new.restore(&folder);
+    let migrated = Databases::new();
+    migrated.movies.superuser().batch_execute(movie).unwrap();
+    migrated.orders.superuser().batch_execute(ORDER).unwrap();
+    assert_eq!(new.contents(), migrated.contents());
+    let found = "select title from movies where search_key(title) like search_key('%CAFE\u{301}')";
+    let mut movies = connect_as_service("INVENTORY", &new.movies.name);
+    assert_eq!(movies.query(found, &[]).unwrap().len(), 1);
+}
+
+#[test]
+fn backup_restore_and_psql_reach_their_own_server_whatever_is_set_in_the_shell() {
+    let databases = Databases::new();
+    databases.movies.superuser().batch_execute(MOVIES).unwrap();
+    let before = databases.contents();
+    let (folder, shell) = (Folder::new(), Folder::new());
+    for command in ["backup", "restore"] {
+        let mut local = unfriendly_shell(&shell.0, LOCAL);
+        let output = databases.run(command, &folder, &mut local);
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    assert_eq!(databases.contents(), before);
+
+    let servers = repository_root().join("provision/dev-servers");
+    let output = unfriendly_shell(&shell.0, servers)
+        .args(["psql", &test_var("MATINEE_TEST_SERVERS_DIR"), "--no-align", "--tuples-only"])
+        .args(["--dbname", &databases.movies.name])
+        .args(["--command", "show port", "--command", "show client_encoding"])
         .output()
         .unwrap();
-    assert!(done.status.success(), "{command}: {}", String::from_utf8_lossy(&done.stderr));
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let expected = format!("{}\nUTF8\n", test_var("POSTGRES_PORT"));
+    assert_eq!(printed, expected, "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A directory of one test's own.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Folder {
+        let path = std::env::temp_dir().join(unique_name("matinee-backup"));
+        fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The databases that a backup saves.
+struct Databases {
+    movies: TestDb,
+    orders: TestDb,
+}
+
+impl Databases {
+    fn new() -> Databases {
+        let [movies, orders] =
+            ["INVENTORY_DB_NAME", "BILLING_DB_NAME"].map(|name| TestDb::new(&test_var(name)));
+        Databases { movies, orders }
+    }
+
+    fn contents(&self) -> [Vec<String>; 2] {
+        [&self.movies, &self.orders].map(|db| content(&mut db.superuser()))
+    }
+
+    fn backup(&self, folder: &Folder) {
+        self.succeed("backup", folder);
+    }
+
+    fn restore(&self, folder: &Folder) {
+        self.succeed("restore", folder);
+    }
+
+    fn succeed(&self, command: &str, folder: &Folder) {
+        let output = self.run(command, folder, &mut Command::new(LOCAL));
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn run(&self, command: &str, folder: &Folder, local: &mut Command) -> Output {
+        run(local.arg(command).arg(&folder.0), &self.movies.name, &self.orders.name)
+    }
+}
+
+/// A restore sets the passwords of roles that all databases share, and PostgreSQL refuses that to
+/// two sessions at a time.
+fn run(local: &mut Command, movies: &str, orders: &str) -> Output {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock();
+    local.env("INVENTORY_DB_NAME", movies).env("BILLING_DB_NAME", orders).output().unwrap()
+}
+
+/// A backup of a test's own movies, and no orders.
+pub(crate) struct Backup {
+    folder: Folder,
+    orders: TestDb,
+}
+
+impl Backup {
+    pub(crate) fn new(movies: &TestDb) -> Backup {
+        let backup =
+            Backup { folder: Folder::new(), orders: TestDb::new(&test_var("BILLING_DB_NAME")) };
+        backup.run("backup", movies);
+        backup
+    }
+
+    pub(crate) fn restore(&self, movies: &TestDb) {
+        self.run("restore", movies);
+    }
+
+    fn run(&self, command: &str, movies: &TestDb) {
+        let mut local = Command::new(LOCAL);
+        local.arg(command).arg(&self.folder.0);
+        let output = run(&mut local, &movies.name, &self.orders.name);
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    }
 }
 
 /// Of each table, the migrations among them, the number of rows and a hash of them in order; of

@@ -10,4 +10,5 @@ mod movies_db;
 mod provision;
 mod repo_lint;
 mod secrets;
+mod shell;
 mod system;
