@@ -11,11 +11,15 @@ const binaries = path.resolve(root, process.env.MATINEE_BIN_DIR || 'target/relea
 
 // Lines NAME=value, by the same rule as provision/lib/env.sh; a line is not shown, it may hold a password.
 const settings = {}
-fs.readFileSync(envFile, 'utf8').split(/\r?\n/).forEach((line, index) => {
-  if (!line.trim() || line.startsWith('#')) return
-  const [, name, value] = /^([A-Za-z_][A-Za-z0-9_]*)=(.*)$/.exec(line) ?? []
-  if (!name) throw new Error(`${envFile}: line ${index + 1} is not NAME=value`)
-  if (name in settings) throw new Error(`${envFile}: line ${index + 1} sets ${name} again`)
+fs.readFileSync(envFile, 'latin1').split('\n').forEach((bytes, index) => {
+  const refuse = why => { throw new Error(`${envFile}: line ${index + 1} ${why}`) }
+  const raw = Buffer.from(bytes.replace(/\r$/, ''), 'latin1')
+  const line = raw.toString('utf8')
+  if (index === 0 && line.startsWith('\ufeff')) refuse('begins with a byte order mark')
+  if (/^([ \t]*$|#)/.test(line)) return
+  const [, name, value] = /^([A-Za-z_][A-Za-z0-9_]*)=(.*)$/s.exec(line) ?? []
+  if (!name || !Buffer.from(line).equals(raw)) refuse('is not NAME=value')
+  if (Object.hasOwn(settings, name)) refuse(`sets ${name} again`)
   settings[name] = process.env[name] ?? value
 })
 

@@ -76,25 +76,14 @@ revoke create on schema public from public;
 SQL
 }
 
-# For the parts of a URL: every byte that is not unreserved becomes %XX.
-url_encoded() {
-  local LC_ALL=C text=$1 out='' i char
-  for ((i = 0; i < ${#text}; i++)); do
-    char=${text:i:1}
-    case $char in
-      [A-Za-z0-9._~-]) out+=$char ;;
-      *) out+=$(printf '%%%02X' "'$char") ;;
-    esac
-  done
-  printf '%s' "$out"
-}
-
 # As the owner, a login without the rights of a superuser: what a migration makes belongs to it.
 migrate() {
-  local url
+  local url host=$MATINEE_DB_HOST
+  # In a URL an IPv6 address has brackets.
+  if [[ $host == *:* && $host != \[* ]]; then host="[$host]"; fi
   printf -v url 'postgres://%s:%s@%s:%s/%s?sslmode=disable' \
     "$(url_encoded "$MATINEE_DB_OWNER")" "$(url_encoded "$MATINEE_DB_OWNER_PASSWORD")" \
-    "$MATINEE_DB_HOST" "$MATINEE_DB_PORT" "$(url_encoded "$MATINEE_DB_NAME")"
+    "$host" "$MATINEE_DB_PORT" "$(url_encoded "$MATINEE_DB_NAME")"
   DATABASE_URL=$url "${DBMATE:-$root/.local/npm/node_modules/.bin/dbmate}" \
     --env-file /dev/null --no-dump-schema --migrations-dir "$migrations" migrate
 }

@@ -117,7 +117,7 @@ impl Env {
         let number = self.number(port, 0, 1..=u16::MAX);
         let name = self.required(host);
         // An IPv6 address needs its brackets before a port can follow.
-        let joined = if name.contains(':') {
+        let joined = if name.contains(':') && !name.starts_with('[') {
             format!("[{name}]:{number}")
         } else {
             format!("{name}:{number}")
@@ -149,10 +149,12 @@ impl Env {
 
 /// The values of the nearest `.env`; empty where there is none.
 fn load_dotenv() -> Result<HashMap<String, String>, String> {
-    let error = |err| format!(".env: {err}");
-    let here = std::env::current_dir().map_err(error)?;
+    let here = std::env::current_dir().map_err(|err| format!(".env: {err}"))?;
     match here.ancestors().map(|folder| folder.join(".env")).find(|file| file.exists()) {
-        Some(file) => parse_dotenv(&fs::read_to_string(file).map_err(error)?),
+        Some(file) => {
+            let bytes = fs::read(&file).map_err(|err| format!("{}: {err}", file.display()))?;
+            parse_dotenv(&bytes).map_err(|error| format!("{}: {error}", file.display()))
+        }
         None => Ok(HashMap::new()),
     }
 }
@@ -160,27 +162,29 @@ fn load_dotenv() -> Result<HashMap<String, String>, String> {
 /// Parses lines `NAME=value`. A value is taken literally, without quotes or expansion: the scripts,
 /// PM2 and Vagrant read it in the same way, and a password may have any character in it. An error
 /// names the line and does not show it, because it may hold a password.
-fn parse_dotenv(text: &str) -> Result<HashMap<String, String>, String> {
-    if text.starts_with('\u{feff}') {
-        return Err(".env: line 1 begins with a byte order mark; save the file without it".into());
+fn parse_dotenv(text: &[u8]) -> Result<HashMap<String, String>, String> {
+    if text.starts_with("\u{feff}".as_bytes()) {
+        return Err("line 1 begins with a byte order mark; save the file without it".into());
     }
     let mut values = HashMap::new();
     let mut lines: HashMap<&str, usize> = HashMap::new();
-    for (number, line) in (1..).zip(text.lines()) {
-        if line.trim().is_empty() || line.starts_with('#') {
+    for (number, line) in (1..).zip(text.split(|byte| *byte == b'\n')) {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        if line.starts_with(b"#") || line.iter().all(|byte| b" \t".contains(byte)) {
             continue;
         }
         let is_name = |name: &str| {
             name.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_')
                 && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
         };
-        let Some((name, value)) = line.split_once('=').filter(|(name, _)| is_name(name)) else {
+        let pair = str::from_utf8(line).ok().and_then(|line| line.split_once('='));
+        let Some((name, value)) = pair.filter(|(name, _)| is_name(name)) else {
             return Err(format!(
-                ".env: line {number} is not NAME=value (no \"export\", no space before \"=\")"
+                "line {number} is not NAME=value (no \"export\", no space before \"=\")"
             ));
         };
         if let Some(first) = lines.insert(name, number) {
-            return Err(format!(".env: line {number} sets {name} again, which line {first} sets"));
+            return Err(format!("line {number} sets {name} again, which line {first} sets"));
         }
         values.insert(name.to_owned(), value.to_owned());
     }
@@ -221,19 +225,24 @@ mod tests {
 
     #[test]
     fn an_absent_tunable_has_its_default_and_a_set_one_its_value() {
-        let mut env = env(&[("WAIT_MS", "250"), ("HOST", "::1"), ("PORT", "80")]);
+        let mut env =
+            env(&[("WAIT_MS", "250"), ("HOST", "::1"), ("BRACKETS", "[::1]"), ("PORT", "80")]);
         assert_eq!(env.millis("WAIT_MS", 5), Duration::from_millis(250));
         assert_eq!(env.number("OTHER", 7u16, 1..=9), 7);
-        assert_eq!(env.host_port("HOST", "PORT"), "[::1]:80".parse().unwrap());
+        for host in ["HOST", "BRACKETS"] {
+            assert_eq!(env.host_port(host, "PORT"), "[::1]:80".parse().unwrap());
+        }
         env.finish(()).unwrap();
     }
 
     #[test]
     fn values_of_the_file_are_taken_literally() {
-        let text = "# a comment\n\nPASSWORD=a'b\"c$HOME\\ #d=e \r\nEMPTY=\n_a1=x";
-        let expected = [("PASSWORD", "a'b\"c$HOME\\ #d=e "), ("EMPTY", ""), ("_a1", "x")];
+        let text =
+            "# a comment\n\nPASSWORD=a'b\"c$HOME\\ #d=e \r\nEMPTY=\n \t\nb=\u{2028}é\n_a1=x\r";
+        let expected =
+            [("PASSWORD", "a'b\"c$HOME\\ #d=e "), ("EMPTY", ""), ("b", "\u{2028}é"), ("_a1", "x")];
         let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        assert_eq!(parse_dotenv(text).unwrap(), HashMap::from(expected));
+        assert_eq!(parse_dotenv(text.as_bytes()).unwrap(), HashMap::from(expected));
     }
 
     #[test]
@@ -241,27 +250,24 @@ mod tests {
         for (text, error) in [
             (
                 "A=1\nPASSWORD hunter2",
-                ".env: line 2 is not NAME=value (no \"export\", no space before \"=\")",
+                "line 2 is not NAME=value (no \"export\", no space before \"=\")",
             ),
             (
                 "PASSWORD hunter2=",
-                ".env: line 1 is not NAME=value (no \"export\", no space before \"=\")",
+                "line 1 is not NAME=value (no \"export\", no space before \"=\")",
             ),
             (
                 "export PASSWORD=hunter2",
-                ".env: line 1 is not NAME=value (no \"export\", no space before \"=\")",
+                "line 1 is not NAME=value (no \"export\", no space before \"=\")",
             ),
             (
                 "\u{feff}PASSWORD=hunter2",
-                ".env: line 1 begins with a byte order mark; save the file without it",
+                "line 1 begins with a byte order mark; save the file without it",
             ),
-            ("=hunter2", ".env: line 1 is not NAME=value (no \"export\", no space before \"=\")"),
-            (
-                "PASSWORD=hunter2\nPASSWORD=hunter3",
-                ".env: line 2 sets PASSWORD again, which line 1 sets",
-            ),
+            ("=hunter2", "line 1 is not NAME=value (no \"export\", no space before \"=\")"),
+            ("PASSWORD=hunter2\nPASSWORD=hunter3", "line 2 sets PASSWORD again, which line 1 sets"),
         ] {
-            assert_eq!(parse_dotenv(text).unwrap_err(), error);
+            assert_eq!(parse_dotenv(text.as_bytes()).unwrap_err(), error);
         }
     }
 

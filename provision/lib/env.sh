@@ -38,7 +38,7 @@ load_settings() {
     if ((number == 1)) && [[ $line == $'\xef\xbb\xbf'* ]]; then
       die "$file: line 1 begins with a byte order mark" "save the file without it"
     fi
-    [[ -n ${line//[[:space:]]/} && $line != '#'* ]] || continue
+    [[ -n ${line//[ $'\t']/} && $line != '#'* ]] || continue
     # The line is not shown: it may hold a password.
     [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] \
       || die "$file: line $number is not NAME=value" "no \"export\", no space before \"=\""
@@ -47,6 +47,19 @@ load_settings() {
     line_of[$name]=$number
     if [[ -z ${!name+set} ]]; then export "$name=${BASH_REMATCH[2]}"; else export "${name?}"; fi
   done <"$file"
+}
+
+# For the parts of a URL: every byte that is not unreserved becomes %XX.
+url_encoded() {
+  local LC_ALL=C text=$1 out='' i char
+  for ((i = 0; i < ${#text}; i++)); do
+    char=${text:i:1}
+    case $char in
+      [A-Za-z0-9._~-]) out+=$char ;;
+      *) out+=$(printf '%%%02X' "'$char") ;;
+    esac
+  done
+  printf '%s' "$out"
 }
 
 # Dies naming every variable that is missing or empty.

@@ -68,6 +68,7 @@ stage_deny() {
 stage_cargo() {
   local arguments=" ${cargo_arguments[*]} "
   install_command faketime
+  install_command ruby # it reads the Vagrantfile's part
   if [[ $arguments != *' -p'* && $arguments != *' --package'* || $arguments == *system-tests* ]]; then build_services; fi
   test_servers
   if ((${#cargo_arguments[@]})); then

@@ -62,8 +62,8 @@ module Machines
   # Lines NAME=value, by the same rule as provision/lib/env.sh. No line is shown: it may hold a password.
   def read_settings(file)
     lines(file).each_with_object({}) do |(line, number), settings|
-      next if line.strip.empty? || line.start_with?("#")
-      name, value = line.match(/\A([A-Za-z_][A-Za-z0-9_]*)=(.*)\z/)&.captures
+      next if line.start_with?("#") || line.b.delete(" \t").empty?
+      name, value = line.match(/\A([A-Za-z_][A-Za-z0-9_]*)=(.*)\z/)&.captures if line.valid_encoding?
       raise Error, "#{file}: line #{number} is not NAME=value" unless name
       raise Error, "#{file}: line #{number} sets #{name} again" if settings.key?(name)
       settings[name] = value

@@ -10,5 +10,6 @@ mod movies_db;
 mod provision;
 mod repo_lint;
 mod secrets;
+mod settings;
 mod shell;
 mod system;
