@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
+use harness::services::dotenv;
 use serde_json::Value;
 
 const PROVISION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../provision");
@@ -33,7 +34,12 @@ impl Files {
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> Output {
-        Command::new(program)
+        let mut command = Command::new(program);
+        // A variable of the environment would have precedence over the file.
+        for name in dotenv().keys() {
+            command.env_remove(name);
+        }
+        command
             .args(arguments)
             .current_dir(PROVISION)
             .env("MATINEE_SERVICES_FILE", self.directory.join("services"))
@@ -220,11 +226,8 @@ fn rights_at_the_broker_follow_the_table_of_services() {
         settings += &format!("{service}_RABBITMQ_USER={user}\n{service}_RABBITMQ_PASSWORD=x\n");
     }
     let files = Files::new("broker", FIVE, &settings);
-    // A variable of the environment has precedence over the file.
-    let names: Vec<&str> = settings.lines().map(|line| line.split('=').next().unwrap()).collect();
-    let script = format!("unset {}; ./rabbitmq-definitions.sh", names.join(" "));
     let definitions: Value =
-        serde_json::from_str(&printed(&files.run("bash", &["-c", &script]))).unwrap();
+        serde_json::from_str(&printed(&files.run("./rabbitmq-definitions.sh", &[]))).unwrap();
 
     let rights = |user: &str| {
         let permissions = definitions["permissions"].as_array().unwrap();
