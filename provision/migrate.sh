@@ -57,7 +57,7 @@ where not member.rolsuper;
 select count(*) > 0 as found, string_agg(login, ', ') as logins
 from renamed where service = :'group' and login <> :'user' \gset renamed_
 \if :renamed_found
-\warn disabled because the service has another login now: :renamed_logins
+\warn note: disabled in PostgreSQL, because the service has another login now: :renamed_logins
 select format('alter role %I nologin', login) from renamed
 where service = :'group' and login <> :'user' \gexec
 select format('revoke %I from %I', service, login) from renamed
@@ -72,6 +72,23 @@ revoke all on database :"name" from public;
 grant connect on database :"name" to :"group";
 
 \connect :"name"
+
+-- The same for the owner, and what it owns belongs to the new one. A role that owns another database, too,
+-- is left as it is.
+select count(*) > 0 as found, min(former.rolname) as owner
+from pg_database
+join pg_roles as former on former.oid = pg_database.datdba
+where datname = current_database() and former.rolname <> :'owner' and not former.rolsuper
+and not exists (
+    select from pg_database as other
+    where other.datdba = former.oid and other.datname <> current_database()
+) \gset former_
+\if :former_found
+\warn note: disabled in PostgreSQL, because the database has another owner now: :former_owner
+alter role :"former_owner" nologin;
+reassign owned by :"former_owner" to :"owner";
+\endif
+
 revoke create on schema public from public;
 SQL
 }

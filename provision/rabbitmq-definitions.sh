@@ -6,6 +6,7 @@ set -euo pipefail
 lib=$(dirname "${BASH_SOURCE[0]}")/lib
 . "$lib/env.sh"
 . "$lib/services.sh"
+. "$lib/broker.sh"
 load_settings
 required=(RABBITMQ_VHOST RABBITMQ_QUEUE RABBITMQ_ADMIN_USER RABBITMQ_ADMIN_PASSWORD)
 for service in $(services_with broker); do
@@ -18,7 +19,7 @@ json() {
   printf '"%s"' "${text//\"/\\\"}"
 }
 
-user() { # name, password, tag
+user() { # name, password, tags
   printf '{"name": %s, "password": %s, "tags": %s}' "$(json "$1")" "$(json "$2")" "$(json "$3")"
 }
 
@@ -32,11 +33,11 @@ permission() { # user, configure, write, read
 # The rights and the policy have patterns: in them the queue's name is quoted.
 # shellcheck disable=SC2001,SC2016 # a class of characters
 queue=$(sed 's/[][\\.|$(){}?+*^]/\\&/g' <<<"$RABBITMQ_QUEUE")
-users=$(user "$RABBITMQ_ADMIN_USER" "$RABBITMQ_ADMIN_PASSWORD" administrator)
+users=$(user "$RABBITMQ_ADMIN_USER" "$RABBITMQ_ADMIN_PASSWORD" "administrator,$broker_tag")
 permissions=$(permission "$RABBITMQ_ADMIN_USER" '.*' '.*' '.*')
 for service in $(services_with broker); do
   name=$(setting "$service" RABBITMQ_USER)
-  users+=$',\n    '$(user "$name" "$(setting "$service" RABBITMQ_PASSWORD)" '')
+  users+=$',\n    '$(user "$name" "$(setting "$service" RABBITMQ_PASSWORD)" "$broker_tag")
   case $(service_field "$service" broker) in
     publish) rights=$(permission "$name" "^$queue\$" '^amq\.default$' '') ;;
     consume) rights=$(permission "$name" "^$queue(\\.dead)?\$" '^amq\.default$' "^$queue(\\.dead)?\$") ;;

@@ -5,16 +5,7 @@
 set -euo pipefail
 here=$(dirname "$(readlink --canonicalize "${BASH_SOURCE[0]}")")
 . "$here/../lib/guest.sh"
-
-api() { # path, curl's options …
-  local user=${RABBITMQ_ADMIN_USER//\\/\\\\} password=${RABBITMQ_ADMIN_PASSWORD//\\/\\\\}
-  curl --silent --fail --max-time 20 --noproxy '*' \
-    --config <(printf 'user = "%s:%s"\n' "${user//\"/\\\"}" "${password//\"/\\\"}") \
-    "http://127.0.0.1:$RABBITMQ_MANAGEMENT_PORT/api/$1" "${@:2}"
-}
-
-# The policy is the last of what broker.sh says.
-ready() { api "policies/${RABBITMQ_VHOST//\//%2F}/dead-letters" --output /dev/null; }
+. "$here/../lib/broker.sh"
 
 packages rabbitmq-server
 
@@ -51,9 +42,11 @@ definitions=$("$here/../rabbitmq-definitions.sh")
 put /etc/rabbitmq/definitions.json 0640 root:rabbitmq <<<"$definitions"
 if ((changes > before)); then systemctl stop rabbitmq-server; fi
 enable_unit epmd.socket rabbitmq-server
-await 600 "RabbitMQ" ready
+await 600 "RabbitMQ" broker_ready
 
-if api users/guest --output /dev/null; then
-  api users/guest --request DELETE
+if broker_api users/guest --output /dev/null; then
+  broker_api users/guest --request DELETE
   changed "guest is gone"
 fi
+deleted=$(delete_renamed_broker_users)
+if [[ -n $deleted ]]; then changed "deleted at the broker, because no setting names it now: ${deleted//$'\n'/, }"; fi
