@@ -57,9 +57,10 @@ const malloc = {
 
 const app = service => ({
   name: `${service.name}_app`,
-  script: path.join(binaries, service.name),
+  // Not the whole path: PM2 takes a script with a blank in it for a command line.
+  script: service.name,
+  cwd: binaries,
   interpreter: 'none',
-  cwd: root,
   env: { ...malloc, ...variables(service) },
   // PM2 leaves out the caller's variables whose names contain one of these texts; the empty
   // one is contained in all.

@@ -69,16 +69,17 @@ start_apps() {
   require_own_ports
   stamp=$({
     for service in $(services); do cat "$MATINEE_BIN_DIR/$service"; done
-    node --print "JSON.stringify(require('$root/provision/ecosystem.config.js'))"
+    node --print 'JSON.stringify(require(process.argv[1]))' "$root/provision/ecosystem.config.js"
   } | sha256sum)
-  if [[ "$(cat "$PM2_HOME/stamp" 2>/dev/null)" == "$stamp" ]] && all_ready; then return 0; fi
+  if [[ "$(cat "$PM2_HOME/stamp" 2>/dev/null)" == "$stamp" ]] && pm2_runs && all_ready; then return 0; fi
   rm --force "$PM2_HOME/stamp"
   # Deleted and not restarted: PM2 merges environments, so a variable that was removed from .env would
   # stay in force, and it keeps the number of instances.
   if pm2_runs; then pm2 delete all || true; fi
   stop_leftovers
   pm2 start "$root/provision/ecosystem.config.js"
-  pm2 start "$root/provision/lib/rotate-logs" --name log_rotation --no-autorestart --cron-restart '17 * * * *'
+  # Without its directory, in which a blank would make a command line of it for PM2.
+  (cd "$root/provision/lib" && pm2 start rotate-logs --name log_rotation --no-autorestart --cron-restart '17 * * * *')
   printf '%s\n' "$stamp" >"$PM2_HOME/stamp"
 }
 
@@ -89,7 +90,7 @@ stop_leftovers() {
   for service in $(services); do
     pids=$(pids_of "$service")
     [[ -n $pids ]] || continue
-    echo "stopping $service, which PM2 has lost: process ${pids//$'\n'/ }"
+    echo "note: stopping $service, which PM2 has lost: process ${pids//$'\n'/ }"
     # shellcheck disable=SC2086 # one word for each process
     kill -TERM $pids 2>/dev/null || true
     for pid in $pids; do
@@ -114,7 +115,7 @@ check_settings() {
   require_own_ports
   for service in $(services_with database); do
     database_port=$(setting "$service" DB_PORT)
-    [[ $database_port == "$POSTGRES_PORT" || $(setting "$service" DB_HOST) != 127.0.0.1 ]] \
+    [[ $database_port == "$POSTGRES_PORT" || ! $(setting "$service" DB_HOST) =~ ^(127\..*|localhost|\[?::1\]?)$ ]] \
       || die "$(setting_name "$service" DB_PORT) is $database_port, and POSTGRES_PORT is $POSTGRES_PORT" \
         "both mean the private PostgreSQL of this stack: give them the same value in .env"
   done

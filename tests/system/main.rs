@@ -4,6 +4,7 @@ mod backup;
 mod clock;
 mod ecosystem;
 mod framing;
+mod local_stack;
 mod logs;
 mod migrations;
 mod movies_db;
