@@ -4,6 +4,7 @@ mod backup;
 mod clock;
 mod ecosystem;
 mod framing;
+mod inventory;
 mod local_stack;
 mod logs;
 mod migrations;
