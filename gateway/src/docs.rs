@@ -92,7 +92,12 @@ fn serve(file: &'static Asset, request: &Request) -> Response {
         form = "-gzip";
         response = response.with_unique_header("Content-Encoding", "gzip");
     }
-    response.with_etag(request, format!("\"{check:08x}-{size:x}{form}\""))
+    response = response.with_etag(request, format!("\"{check:08x}-{size:x}{form}\""));
+    if response.status_code == 304 {
+        // A 304 says nothing of a content that it does not have (RFC 9110 section 15.4.5).
+        response.headers.retain(|(name, _)| !name.starts_with("Content-"));
+    }
+    response
 }
 
 fn accepts_gzip(request: &Request) -> bool {
@@ -255,6 +260,9 @@ mod tests {
         let again = openapi_yaml(&request(&[("If-None-Match", tag)]));
         assert_eq!(again.status_code, 304);
         assert_eq!(header(&again, "ETag"), Some(tag));
+        for name in ["Content-Type", "Content-Encoding"] {
+            assert_eq!(header(&again, name), None, "{name}");
+        }
         assert!(body(again).is_empty());
         assert_eq!(openapi_yaml(&request(&[("If-None-Match", "\"other\"")])).status_code, 200);
     }

@@ -114,6 +114,7 @@ stage_newman() {
 stage_schemathesis() {
   install_python_checks
   test_stack
+  check httplint
   check schemathesis
 }
 
