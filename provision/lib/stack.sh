@@ -78,9 +78,18 @@ start_apps() {
   if pm2_runs; then pm2 delete all || true; fi
   stop_leftovers
   pm2 start "$root/provision/ecosystem.config.js"
-  # Without its directory, in which a blank would make a command line of it for PM2.
-  (cd "$root/provision/lib" && pm2 start rotate-logs --name log_rotation --no-autorestart --cron-restart '17 * * * *')
+  start_log_rotation
   printf '%s\n' "$stamp" >"$PM2_HOME/stamp"
+}
+
+# At once, and then every hour. PM2 takes a script with a blank in its path for a command line, and one without
+# an ending for JavaScript. It gives a script the variables of this command, so it has no settings.
+start_log_rotation() {
+  (
+    cd "$root/provision/lib"
+    env --ignore-environment PATH="$PATH" HOME="$HOME" PM2_HOME="$PM2_HOME" "$tools/node_modules/.bin/pm2" \
+      start rotate-logs --interpreter bash --name log_rotation --no-autorestart --cron-restart '17 * * * *' 3>&- 9>&-
+  )
 }
 
 # Services of this stack that PM2 does not know, because its daemon was killed: a second set on the

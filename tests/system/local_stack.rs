@@ -12,6 +12,7 @@ use chassis::testing::process::signal;
 use chassis::testing::{eventually, repository_root, unique_name};
 use harness::services::{dotenv, services};
 use harness::{binaries, get};
+use serde_json::Value;
 
 use crate::shell::unfriendly_shell;
 
@@ -28,11 +29,13 @@ fn the_local_stack_starts_follows_its_settings_finds_lost_services_and_stops() {
     let said = stack.succeed(&["up"]);
     assert!(said.contains("Matinee is up."), "{said}");
     programs_of_the_users_target_directory_run_and_no_older_ones(&stack);
+    logs_are_rotated_and_the_rotation_has_no_setting(&stack);
     each_gateway_has_the_settings(&stack, 2, Some("99"));
     curlrc_has_no_influence_on_the_smoke_test(&stack);
     status_needs_no_home(&stack);
 
     let logins = [
+        "POSTGRES_SUPERUSER",
         "INVENTORY_DB_USER",
         "INVENTORY_DB_OWNER",
         "GATEWAY_RABBITMQ_USER",
@@ -78,8 +81,20 @@ fn programs_of_the_users_target_directory_run_and_no_older_ones(stack: &LocalSta
     for service in services() {
         assert!(!stack.pids(&service.name).is_empty(), "{}", service.name);
     }
-    let apps = stack.succeed(&["pm2", "jlist"]);
-    assert!(apps.contains(r#""name":"log_rotation""#), "{apps}");
+}
+
+/// It runs at the start, and then every hour.
+fn logs_are_rotated_and_the_rotation_has_no_setting(stack: &LocalStack) {
+    let rotation = eventually("the first rotation has ended", 20, || {
+        let output = stack.local(&["pm2", "jlist"]).output().unwrap();
+        let apps: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        apps.into_iter()
+            .map(|app| app["pm2_env"].clone())
+            .find(|app| app["name"] == "log_rotation" && app["status"] == "stopped")
+    });
+    assert_eq!(rotation["exit_code"], 0, "{rotation}");
+    assert_eq!(rotation["cron_restart"], "17 * * * *");
+    assert!(!rotation.to_string().contains("PASSWORD"), "{rotation}");
 }
 
 fn curlrc_has_no_influence_on_the_smoke_test(stack: &LocalStack) {
@@ -123,8 +138,8 @@ fn a_login_that_was_renamed_is_disabled_and_its_name_is_shown(
     let logins = query("select string_agg(rolname, ', ') from pg_roles where rolcanlogin");
     for (number, login) in former.iter().enumerate() {
         assert!(said.contains(login.as_str()), "{login} is not in: {said}");
-        // The first two are PostgreSQL's, the others the broker's.
-        let present = if number < 2 { &logins } else { &users };
+        // The first three are PostgreSQL's, the others the broker's.
+        let present = if number < 3 { &logins } else { &users };
         assert!(!present.contains(login.as_str()), "{login}: {present}");
     }
     // So the next migration does not fail.
@@ -301,20 +316,11 @@ done
 
     /// SIGKILL for PM2's daemon. Its services run on.
     fn kill_pm2(&self) {
-        let pid = self.pm2_pid();
+        let pid = parent(self.pids("gateway")[0]);
         signal(pid, "KILL").unwrap();
         eventually("PM2's daemon has ended", 10, || {
             (!Path::new(&format!("/proc/{pid}/exe")).exists()).then_some(())
         });
-    }
-
-    fn pm2_pid(&self) -> u32 {
-        let said = self.succeed(&["pm2", "pid", "gateway_app"]);
-        let gateway: u32 = said.lines().last().unwrap().trim().parse().unwrap();
-        let stat = fs::read_to_string(format!("/proc/{gateway}/stat")).unwrap();
-        // Behind the name in brackets: the state, then the parent.
-        let (_, behind) = stat.rsplit_once(") ").unwrap();
-        behind.split(' ').nth(1).unwrap().parse().unwrap()
     }
 }
 
@@ -332,6 +338,13 @@ fn write_program(path: &Path, script: &str) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, script).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn parent(pid: u32) -> u32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Behind the name in brackets: the state, then the parent.
+    let (_, behind) = stat.rsplit_once(") ").unwrap();
+    behind.split(' ').nth(1).unwrap().parse().unwrap()
 }
 
 fn text(output: &Output) -> String {
