@@ -345,13 +345,10 @@ def client_cpu():
 
 
 def settings():
-    """The environment, and what .env adds to it."""
-    env = {}
-    for line in pathlib.Path(os.environ.get("MATINEE_ENV_FILE", ROOT / ".env")).read_text().splitlines():
-        name, equals, value = line.partition("=")
-        if equals and not name.startswith("#"):
-            env[name] = value
-    return env | os.environ
+    """The environment, and what .env adds to it, by the rule of the scripts; without libpq's variables."""
+    script = '. "$1/provision/lib/env.sh"; load_settings; exec env --null'
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script, "bench", str(ROOT)], check=True, capture_output=True)
+    return dict(line.split("=", 1) for line in done.stdout.decode().split("\0") if line)
 
 
 def free_ports(count):
