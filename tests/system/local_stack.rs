@@ -132,20 +132,21 @@ fn a_login_that_was_renamed_is_disabled_and_its_name_is_shown(
     for name in ["of_another", "new GATEWAY_RABBITMQ_USER", "new RABBITMQ_ADMIN_USER"] {
         assert!(users.contains(name), "{name}: {users}");
     }
-    let query = |query: &str| {
-        stack.succeed(&["psql", "movies_db", "--no-align", "--tuples-only", "--command", query])
-    };
-    let logins = query("select string_agg(rolname, ', ') from pg_roles where rolcanlogin");
+    // What belongs to whom: the next migration must not fail.
+    let query = "select
+        (select string_agg(rolname, ', ') from pg_roles where rolcanlogin),
+        (select string_agg(distinct pg_get_userbyid(relowner), ', ')
+            from pg_class where relnamespace = 'public'::regnamespace)";
+    let options = ["--no-align", "--tuples-only", "--field-separator", "\t", "--command"];
+    let row = stack.succeed(&[&["psql", "movies_db"], &options[..], &[query]].concat());
+    let (logins, owners) = row.trim_end().split_once('\t').unwrap();
+    assert_eq!(owners, "new INVENTORY_DB_OWNER");
     for (number, login) in former.iter().enumerate() {
         assert!(said.contains(login.as_str()), "{login} is not in: {said}");
         // The first three are PostgreSQL's, the others the broker's.
-        let present = if number < 3 { &logins } else { &users };
+        let present = if number < 3 { logins } else { users.as_str() };
         assert!(!present.contains(login.as_str()), "{login}: {present}");
     }
-    // So the next migration does not fail.
-    let owners = "select distinct pg_get_userbyid(relowner)
-        from pg_class where relnamespace = 'public'::regnamespace";
-    assert_eq!(query(owners), "new INVENTORY_DB_OWNER\n");
 }
 
 fn services_whose_pm2_was_killed_are_found_stopped_and_named(stack: &LocalStack, command: &str) {
