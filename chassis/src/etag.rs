@@ -46,6 +46,21 @@ impl Precondition {
     pub fn is_empty(&self) -> bool {
         self.if_match.is_none() && self.if_none_match.is_empty()
     }
+
+    /// For tags of the form `INSTANCE-VERSION`: the precondition with the versions of this instance
+    /// (see [`crate::db::instance_id`]). A tag of another instance names no version of this one.
+    pub fn of_instance(&self, instance: &str) -> Precondition {
+        let own = |tags: &Vec<String>| {
+            let versions = tags
+                .iter()
+                .filter_map(|tag| tag.strip_prefix(instance)?.strip_prefix('-').map(str::to_owned));
+            versions.collect()
+        };
+        Precondition {
+            if_match: self.if_match.as_ref().map(own),
+            if_none_match: own(&self.if_none_match),
+        }
+    }
 }
 
 /// What `If-Match` and `If-None-Match` demand of a change. A header that cannot be parsed is 400:

@@ -4,6 +4,8 @@
 //!
 //! No business noun, table, route, queue name or upstream may appear here.
 
+#[cfg(feature = "auth")]
+pub mod auth;
 pub mod backoff;
 pub mod broker;
 pub mod db;

@@ -36,7 +36,7 @@ pub struct RoutedResponse {
 ///
 /// A path matches with and without a trailing slash. HEAD goes to the route of GET (the server
 /// leaves the body out), OPTIONS is answered with `Allow`, and any other method that the path does
-/// not have is 405.
+/// not have is 405. Where several paths of the table match, the first one counts.
 pub fn dispatch<A>(routes: &[Route<A>], app: &A, request: &Request) -> RoutedResponse {
     let path = path(request);
     let method = if request.method() == "HEAD" { "GET" } else { request.method() };
@@ -44,6 +44,10 @@ pub fn dispatch<A>(routes: &[Route<A>], app: &A, request: &Request) -> RoutedRes
     let mut known = "";
     for route in routes {
         let Some(params) = match_template(route.path, &path) else { continue };
+        // `/users/exists` is not `/users/{id}`, also with a method that only the latter has.
+        if !known.is_empty() && route.path != known {
+            continue;
+        }
         if route.method == method || route.method == "*" {
             return RoutedResponse {
                 route: route.path,
@@ -108,5 +112,22 @@ mod tests {
         {
             assert!(!matches(template, path), "{path}");
         }
+    }
+
+    #[test]
+    fn of_several_paths_that_match_the_first_one_counts_with_all_its_methods() {
+        const ROUTES: &[Route<()>] = &[
+            route("GET", "/users/exists", |(), _, _| Ok(Response::text("exists"))),
+            route("GET", "/users/{id}", |(), _, _| Ok(Response::text("one"))),
+            route("PATCH", "/users/{id}", |(), _, _| Ok(Response::text("changed"))),
+        ];
+        let status = |method: &str, path: &str| {
+            let request = Request::fake_http(method, path, vec![], vec![]);
+            let RoutedResponse { route, result } = dispatch(ROUTES, &(), &request);
+            (route, result.map_or_else(|problem| problem.status(), |found| found.status_code))
+        };
+        assert_eq!(status("GET", "/users/exists"), ("/users/exists", 200));
+        assert_eq!(status("PATCH", "/users/exists"), ("/users/exists", 405));
+        assert_eq!(status("PATCH", "/users/7"), ("/users/{id}", 200));
     }
 }

@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use prometheus::{
     Encoder, HistogramVec, IntCounter, IntCounterVec, IntGauge, TextEncoder, histogram_opts,
     register_histogram_vec, register_int_counter, register_int_counter_vec, register_int_gauge,
@@ -104,6 +104,9 @@ const ACCEPT_QUEUE_CAPACITY: usize = 256;
 /// File descriptors for everything but clients: the standard streams, the listeners, the clients
 /// of the metrics, the broker connection, probes, and some to spare.
 const RESERVED_FDS: usize = 32;
+
+/// Connections to the internal listener: a few from each instance of each service.
+const MAX_INTERNAL_CONNECTIONS: usize = 64;
 
 /// After a stop: how long a client that has sent its SYN may take to send the ACK.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_millis(10);
@@ -279,6 +282,37 @@ where
     })?;
     log::info!("listening on {}, metrics on {}", config.listen, config.metrics_listen);
     serve(listener, config.limits.clone(), stop, handler)
+}
+
+/// The same with a third listener, for other services only: it has routes that clients must not
+/// reach. It stops with the first one, and when it fails the process stops.
+pub fn run_with_internal<H, I>(
+    config: &Config,
+    internal_listen: SocketAddr,
+    stop: &Stop,
+    handler: H,
+    internal_handler: I,
+) -> anyhow::Result<()>
+where
+    H: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
+    I: Fn(&Request) -> RoutedResponse + Send + Sync + 'static,
+{
+    let listener = bind(internal_listen)?;
+    let max_connections = MAX_INTERNAL_CONNECTIONS.min(config.limits.max_connections);
+    let limits = Limits { max_connections, ..config.limits.clone() };
+    let internal_stop = stop.clone();
+    let internal = thread::Builder::new().name("internal".into()).spawn(move || {
+        let served = serve(listener, limits, &internal_stop, internal_handler);
+        internal_stop.request();
+        served
+    })?;
+    log::info!("listening on {internal_listen} for other services");
+    let served = run(config, stop, handler);
+    stop.request();
+    match internal.join() {
+        Ok(internal) => served.and(internal),
+        Err(_) => bail!("the internal listener has panicked"),
+    }
 }
 
 /// A listener on a port that a second process may share (SO_REUSEPORT): one process can replace

@@ -18,10 +18,17 @@ pub enum Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Error::Unavailable(_) => "the database is not available",
-            Error::Failed(_) => "the database refused a statement",
-        })
+        match self {
+            Error::Unavailable(_) => f.write_str("the database is not available"),
+            // Without DETAIL, which holds the values of the row, and may hold personal data.
+            Error::Failed(err) => match err.as_db_error() {
+                Some(db) => {
+                    let (message, code) = (db.message(), db.code().code());
+                    write!(f, "the database refused a statement: {message} ({code})")
+                }
+                None => write!(f, "a statement failed: {err}"),
+            },
+        }
     }
 }
 
@@ -29,7 +36,7 @@ impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             Error::Unavailable(cause) => Some(&**cause),
-            Error::Failed(cause) => Some(cause),
+            Error::Failed(_) => None,
         }
     }
 }

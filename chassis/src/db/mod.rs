@@ -9,11 +9,13 @@ use postgres::{Client, NoTls};
 use crate::env::{Env, Secret};
 
 mod error;
+mod instance;
 mod pool;
 mod reconnecting;
 mod watchdog;
 
 pub use error::{Error, is_connection_lost, is_stale_statement, is_transient};
+pub use instance::instance_id;
 pub use pool::{Connection, Manager, Pool, Prepare};
 pub use reconnecting::{Open, ReconnectingStore, error_summary};
 pub use watchdog::{EXIT_TIMEOUT, before_exit, renew_deadline};

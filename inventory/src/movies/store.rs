@@ -1,14 +1,11 @@
 //! All SQL of the movies, one function a query.
 //!
 //! The version of a movie is PostgreSQL's `xmin`, the transaction that wrote the row: it changes with
-//! every change and needs no column. Transaction numbers repeat in another cluster, for example
-//! after a restore into a new one. So an entity tag also names the cluster and its timeline: a tag
-//! from another cluster never matches.
+//! every change and needs no column. Transaction numbers repeat in another database, for example
+//! after a restore into a new cluster. So an entity tag also names the database: a tag from another one
+//! never matches.
 
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
-
-use chassis::db::{Connection, renew_deadline};
+use chassis::db::{Connection, instance_id, renew_deadline};
 use chassis::etag::Precondition;
 use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
@@ -22,8 +19,8 @@ pub type Db = Connection<Statements>;
 /// The statements that each connection prepares once: then a query is one round trip, and its plan
 /// is ready.
 pub struct Statements {
-    /// Names the cluster in entity tags.
-    cluster: String,
+    /// Names the database in entity tags.
+    instance: String,
     select: Statement,
     insert: Statement,
     advance_ids: Statement,
@@ -37,7 +34,7 @@ impl Statements {
     /// For [`chassis::db::Pool::new`].
     pub fn prepare(client: &mut Client) -> Result<Statements, Error> {
         Ok(Statements {
-            cluster: cluster(client)?,
+            instance: instance_id(client)?,
             select: client.prepare(SELECT)?,
             insert: client.prepare(INSERT)?,
             advance_ids: client.prepare("select advance_movie_ids()")?,
@@ -67,19 +64,6 @@ pub enum WriteOutcome<T> {
     PreconditionFailed,
     /// Not done: there is no such movie.
     NotFound,
-}
-
-/// A number for the cluster and its timeline, the same on each of its connections. Timelines differ
-/// after a failover or a recovery to a point in time.
-fn cluster(client: &mut Client) -> Result<String, Error> {
-    let row = client.query_one(
-        "select system_identifier, timeline_id from pg_control_system(), pg_control_checkpoint()",
-        &[],
-    )?;
-    let (system, timeline): (i64, i32) = (row.try_get(0)?, row.try_get(1)?);
-    let mut hasher = DefaultHasher::new();
-    (system, timeline).hash(&mut hasher);
-    Ok(format!("{:x}", hasher.finish()))
 }
 
 /// The readiness check. A server that is read-only serves most requests, so it passes.
@@ -155,7 +139,8 @@ pub fn update(
     update: &MovieUpdate,
     precondition: &Precondition,
 ) -> Result<WriteOutcome<Versioned>, Error> {
-    let Precondition { if_match, if_none_match } = own_versions(db, precondition);
+    let Precondition { if_match, if_none_match } =
+        precondition.of_instance(&db.statements.instance);
     let parameters: [&(dyn ToSql + Sync); 5] =
         [&id, &update.title, &update.description, &if_match, &if_none_match];
     let row = db.client.query_one(&db.statements.update, &parameters)?;
@@ -183,26 +168,12 @@ pub fn delete(
     id: i64,
     precondition: &Precondition,
 ) -> Result<WriteOutcome<()>, Error> {
-    let Precondition { if_match, if_none_match } = own_versions(db, precondition);
+    let Precondition { if_match, if_none_match } =
+        precondition.of_instance(&db.statements.instance);
     let row = db.client.query_one(&db.statements.delete, &[&id, &if_match, &if_none_match])?;
     match row.try_get("done")? {
         true => Ok(WriteOutcome::Done(())),
         false => why_not(&row, precondition),
-    }
-}
-
-/// The precondition with the versions (`xmin`) of the tags of this cluster. A tag of another cluster
-/// names no version here, and neither does one without a cluster.
-fn own_versions(db: &Db, precondition: &Precondition) -> Precondition {
-    let own = |tags: &Vec<String>| {
-        let versions = tags.iter().filter_map(|tag| {
-            tag.strip_prefix(&db.statements.cluster)?.strip_prefix('-').map(str::to_owned)
-        });
-        versions.collect()
-    };
-    Precondition {
-        if_match: precondition.if_match.as_ref().map(own),
-        if_none_match: own(&precondition.if_none_match),
     }
 }
 
@@ -353,7 +324,7 @@ fn like_pattern(part: &str) -> String {
 
 fn versioned(db: &Db, row: &Row) -> Result<Versioned, Error> {
     let xmin: &str = row.try_get("version")?;
-    let version = format!("{}-{xmin}", db.statements.cluster);
+    let version = format!("{}-{xmin}", db.statements.instance);
     Ok(Versioned { movie: movie(row)?, version })
 }
 
