@@ -22,8 +22,12 @@ pub struct Config {
     pub cors: Origins,
     /// How many requests an address may make; without it any number.
     pub rate_limit: Option<Quota>,
+    /// How many logins and the like an address may try; without it any number.
+    pub login_rate_limit: Option<Quota>,
     /// How inventory is called.
     pub inventory: upstream::Config,
+    /// How customers is called.
+    pub customers: upstream::Config,
     /// How orders are published.
     pub publisher: Publisher,
     /// The lowest level that is logged.
@@ -50,8 +54,10 @@ impl Config {
             http: server::Config::from_env(&mut env, "GATEWAY"),
             trusted_proxies: trusted_proxies(&mut env),
             cors: cors(&mut env),
-            rate_limit: rate_limit(&mut env),
-            inventory: inventory(&mut env),
+            rate_limit: rate_limit(&mut env, "GATEWAY_RATE_LIMIT"),
+            login_rate_limit: rate_limit(&mut env, "GATEWAY_LOGIN_RATE_LIMIT"),
+            inventory: upstream(&mut env, "INVENTORY", ("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 192)),
+            customers: upstream(&mut env, "CUSTOMERS", ("GATEWAY_CUSTOMERS_MAX_IN_FLIGHT", 48)),
             publisher: Publisher {
                 broker: broker::Config::from_env(&mut env, "GATEWAY"),
                 queue: env.required("RABBITMQ_QUEUE"),
@@ -64,8 +70,8 @@ impl Config {
     }
 
     /// Lowers what does not fit in the descriptors that the process may have. Each client may need a
-    /// connection to inventory, and requests that wait for inventory or the broker must leave some
-    /// connections for all others.
+    /// connection to an upstream, and requests that wait for an upstream or the broker must leave
+    /// some connections for all others.
     pub fn clamp_to_fd_limit(&mut self) {
         let wanted = self.http.limits.max_connections;
         self.http.clamp_to_fd_limit(2, 0);
@@ -73,17 +79,20 @@ impl Config {
         if connections < wanted {
             let most = (connections * 3 / 4).max(1);
             self.inventory.max_in_flight = self.inventory.max_in_flight.min(most);
+            self.customers.max_in_flight = self.customers.max_in_flight.min((most / 4).max(1));
             self.publisher.max_in_flight = self.publisher.max_in_flight.min(most);
         }
     }
 }
 
-fn inventory(env: &mut Env) -> upstream::Config {
+/// An upstream by the prefix of its address; `most` is the setting of the most requests that may
+/// wait for it, and the default. Together these leave connections for requests to other places.
+fn upstream(env: &mut Env, prefix: &str, most: (&str, usize)) -> upstream::Config {
     let connect_timeout = env.millis("GATEWAY_UPSTREAM_CONNECT_TIMEOUT_MS", 1000);
     let response_timeout = env.millis("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 5000);
     upstream::Config {
-        address: env.host_port("INVENTORY_HOST", "INVENTORY_PORT"),
-        max_in_flight: env.number("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 192, 1..=10_000),
+        address: env.host_port(&format!("{prefix}_HOST"), &format!("{prefix}_PORT")),
+        max_in_flight: env.number(most.0, most.1, 1..=10_000),
         connect_timeout,
         response_timeout,
         read_timeout: env.millis("GATEWAY_UPSTREAM_READ_TIMEOUT_MS", 10_000),
@@ -119,8 +128,7 @@ fn trusted_proxies(env: &mut Env) -> TrustedProxies {
     })
 }
 
-fn rate_limit(env: &mut Env) -> Option<Quota> {
-    let name = "GATEWAY_RATE_LIMIT";
+fn rate_limit(env: &mut Env, name: &str) -> Option<Quota> {
     let text = env.optional(name).filter(|text| text != "0")?;
     let rate = Quota::parse(&text);
     if rate.is_none() {

@@ -4,7 +4,8 @@ use chassis::router::RoutedResponse;
 use rouille::{Request, Response};
 
 /// The response headers that a page may read, besides the ones that the standard allows.
-const EXPOSED: &str = "Location, ETag, Link, X-Request-Id, Retry-After, RateLimit";
+const EXPOSED: &str =
+    "Location, ETag, Link, X-Request-Id, Retry-After, RateLimit, WWW-Authenticate";
 
 const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE";
 

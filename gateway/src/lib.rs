@@ -1,5 +1,5 @@
-//! The public API: forwards `/api/movies` to inventory, publishes `/api/billing` to the queue, and
-//! serves the contract. It has no data of its own.
+//! The public API: forwards `/api/movies` to inventory and accounts to customers, publishes
+//! `/api/billing` to the queue, and serves the contract. It has no data of its own.
 
 use chassis::health::Probe;
 use chassis::router::{self, RoutedResponse};
@@ -30,6 +30,8 @@ use trusted_proxies::TrustedProxies;
 pub struct App {
     /// Has the movies.
     pub inventory: Upstream,
+    /// Has the accounts and sessions.
+    pub customers: Upstream,
     /// Publishes orders.
     pub publisher: Publisher,
     /// Which body came with which idempotency key.
@@ -48,15 +50,19 @@ impl App {
     /// The application, and the worker that publishes for it.
     pub fn new(config: &Config) -> anyhow::Result<(App, Worker)> {
         let inventory = Upstream::new("inventory", config.inventory.clone());
+        let customers = Upstream::new("customers", config.customers.clone());
         let (publisher, worker) = Publisher::new(&config.publisher);
         let probes = vec![
             Probe::new("inventory", inventory.probe())?,
+            Probe::new("customers", customers.probe())?,
             Probe::new("rabbitmq", publisher.probe())?,
         ];
         let proxies = config.trusted_proxies.clone();
-        let rate_limiter = config.rate_limit.map(|quota| RateLimiter::new(quota, proxies.clone()));
+        let rate_limiter =
+            RateLimiter::new(config.rate_limit, config.login_rate_limit, proxies.clone());
         let app = App {
             inventory,
+            customers,
             publisher,
             idempotency: IdempotencyMemory::default(),
             trusted_proxies: proxies,

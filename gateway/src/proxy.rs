@@ -29,6 +29,9 @@ const HOP_BY_HOP: [&str; 12] = [
 /// Headers that name the way of a request; the gateway sets them.
 const FORWARDED: [&str; 3] = ["X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host"];
 
+/// Names the client itself, as the gateway knows it; services trust this header.
+const REAL_IP: &str = "X-Real-IP";
+
 /// Passes a request to an upstream unchanged, and its response back: method, path, query, body, and
 /// the headers but the hop-by-hop ones.
 pub fn forward(
@@ -85,9 +88,9 @@ fn set_forwarded_headers(
     let is_trusted = proxies.trusts_peer_of(request);
     headers.retain(|(name, _)| {
         let name = name.to_ascii_lowercase();
-        let is_forwarding_header =
-            name.starts_with("x-forwarded-") || ["forwarded", "x-real-ip"].contains(&name.as_str());
-        let is_set_here = FORWARDED.iter().any(|ours| ours.eq_ignore_ascii_case(&name));
+        let is_forwarding_header = name.starts_with("x-forwarded-") || name == "forwarded";
+        let mut set_here = FORWARDED.iter().chain([&REAL_IP]);
+        let is_set_here = set_here.any(|ours| ours.eq_ignore_ascii_case(&name));
         !is_set_here && (is_trusted || !is_forwarding_header)
     });
     let trusted_values = |name| header_values(request, name).filter(|_| is_trusted);
@@ -99,6 +102,7 @@ fn set_forwarded_headers(
     let values = [Some(forwarded_for.join(", ")), Some(proto.to_owned()), host.map(str::to_owned)];
     let fields = FORWARDED.iter().zip(values);
     headers.extend(fields.filter_map(|(name, value)| Some(((*name).to_owned(), value?))));
+    headers.push((REAL_IP.to_owned(), proxies.client_addr(request).to_string()));
     headers
 }
 

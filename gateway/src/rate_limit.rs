@@ -40,12 +40,20 @@ struct Decision {
     allowed: bool,
 }
 
-/// Counts the requests of every address.
+/// Counts the requests of every address, for each class of requests that has a quota.
 pub struct RateLimiter {
-    rate: Quota,
+    classes: Vec<Class>,
     proxies: TrustedProxies,
-    table: ClientTable,
     started: Instant,
+}
+
+/// Requests that count together.
+struct Class {
+    /// Its name in the response's headers.
+    name: &'static str,
+    quota: Quota,
+    contains: fn(&Request) -> bool,
+    table: ClientTable,
 }
 
 /// A fixed-size, 16-way set-associative table with a keyed hash. In a full set the entry with the
@@ -96,15 +104,23 @@ impl Quota {
 }
 
 impl RateLimiter {
-    /// No address has made a request yet.
-    pub fn new(rate: Quota, proxies: TrustedProxies) -> RateLimiter {
-        let unused = Entry { address: IpAddr::V6(Ipv6Addr::UNSPECIFIED), tat: 0 };
-        let sets = (0..SETS).map(|_| Mutex::new([unused; WAYS])).collect();
-        let table = ClientTable { sets, hasher: RandomState::new() };
-        RateLimiter { rate, proxies, table, started: Instant::now() }
+    /// No address has made a request yet. `all` is the quota of all requests together, `logins` that
+    /// of the requests with which an account can be guessed or made; `None` where none has a quota.
+    pub fn new(
+        all: Option<Quota>,
+        logins: Option<Quota>,
+        proxies: TrustedProxies,
+    ) -> Option<RateLimiter> {
+        let class = |name, quota: Option<Quota>, contains: fn(&Request) -> bool| {
+            Some(Class { name, quota: quota?, contains, table: ClientTable::new() })
+        };
+        let classes = [class("default", all, |_| true), class("login", logins, is_login)];
+        let classes: Vec<Class> = classes.into_iter().flatten().collect();
+        let started = Instant::now();
+        (!classes.is_empty()).then_some(RateLimiter { classes, proxies, started })
     }
 
-    /// Calls `serve`, or answers 429 where the client has used up its quota. Health checks do not
+    /// Calls `serve`, or answers 429 where the client has used up a quota. Health checks do not
     /// count and are always answered.
     pub fn limit(
         &self,
@@ -116,15 +132,32 @@ impl RateLimiter {
             return serve();
         }
         let client = self.proxies.client_addr(request);
-        let decision = self.check(client, self.started.elapsed());
-        let headers = self.ratelimit_headers(&decision);
-        if !decision.allowed {
+        let now = self.started.elapsed();
+        let mut decisions: Vec<(&Class, Decision)> = Vec::new();
+        for class in self.classes.iter().filter(|class| (class.contains)(request)) {
+            let decision = class.check(client, now);
+            let allowed = decision.allowed;
+            decisions.push((class, decision));
+            if !allowed {
+                break;
+            }
+        }
+        let headers = ratelimit_headers(&decisions);
+        if let Some((class, decision)) = decisions.iter().find(|(_, it)| !it.allowed) {
             metrics::RATE_LIMITED.inc();
-            let Quota { requests, seconds } = self.rate;
-            let detail = format!("an address may make {requests} requests in {seconds} s");
+            let Quota { requests, seconds } = class.quota;
+            let detail = match class.name {
+                "login" => {
+                    format!("an address may make {requests} requests of this kind in {seconds} s")
+                }
+                _ => format!("an address may make {requests} requests in {seconds} s"),
+            };
             let wait = ceil_seconds(decision.reset_after).to_string();
             let problem = Problem::new(429, detail).with_header("Retry-After", wait);
             return RoutedResponse { route: "", result: Err(with_headers(problem, headers)) };
+        }
+        if decisions.is_empty() {
+            return serve();
         }
         let RoutedResponse { route, result } = serve();
         let result = match result {
@@ -136,7 +169,9 @@ impl RateLimiter {
         };
         RoutedResponse { route, result }
     }
+}
 
+impl Class {
     fn check(&self, client: IpAddr, now: Duration) -> Decision {
         let key = client_key(client);
         let hash = self.table.hasher.hash_one(key) as usize;
@@ -148,19 +183,41 @@ impl RateLimiter {
             set[oldest] = Entry { address: key, tat: 0 };
             oldest
         });
-        self.rate.check(&mut set[way].tat, now.as_nanos() as u64)
+        self.quota.check(&mut set[way].tat, now.as_nanos() as u64)
     }
+}
 
-    /// Sections 3 and 4 of the draft: the quota of the policy, and what is remaining of it for
-    /// the next `t` seconds.
-    fn ratelimit_headers(&self, decision: &Decision) -> [(&'static str, String); 2] {
-        let Quota { requests, seconds } = self.rate;
-        let time = ceil_seconds(decision.reset_after);
-        [
-            ("RateLimit-Policy", format!("\"default\";q={requests};w={seconds}")),
-            ("RateLimit", format!("\"default\";r={};t={time}", decision.remaining)),
-        ]
+impl ClientTable {
+    fn new() -> ClientTable {
+        let unused = Entry { address: IpAddr::V6(Ipv6Addr::UNSPECIFIED), tat: 0 };
+        let sets = (0..SETS).map(|_| Mutex::new([unused; WAYS])).collect();
+        ClientTable { sets, hasher: RandomState::new() }
     }
+}
+
+/// Whether an account can be guessed, found or made by such a request.
+fn is_login(request: &Request) -> bool {
+    let path = request::path(request);
+    let path = path.strip_suffix('/').unwrap_or(&path);
+    match request.method() {
+        "POST" => ["/api/v1/auth/login", "/api/v1/auth/refresh", "/api/v1/users"].contains(&path),
+        "PUT" => path.starts_with("/api/v1/users/") && path.ends_with("/password"),
+        "GET" | "HEAD" => path == "/api/v1/users/exists",
+        _ => false,
+    }
+}
+
+/// Sections 3 and 4 of the draft: the quota of each policy, and what is remaining of it for
+/// the next `t` seconds.
+fn ratelimit_headers(decisions: &[(&Class, Decision)]) -> [(&'static str, String); 2] {
+    let (mut policies, mut states) = (Vec::new(), Vec::new());
+    for (Class { name, quota, .. }, decision) in decisions {
+        let Quota { requests, seconds } = quota;
+        policies.push(format!("\"{name}\";q={requests};w={seconds}"));
+        let time = ceil_seconds(decision.reset_after);
+        states.push(format!("\"{name}\";r={};t={time}", decision.remaining));
+    }
+    [("RateLimit-Policy", policies.join(", ")), ("RateLimit", states.join(", "))]
 }
 
 fn with_headers(problem: Problem, headers: [(&'static str, String); 2]) -> Problem {
@@ -182,15 +239,18 @@ fn client_key(client: IpAddr) -> IpAddr {
 mod tests {
     use std::net::Ipv4Addr;
 
+    use rouille::Response;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn limiter(rate: &str) -> RateLimiter {
-        RateLimiter::new(Quota::parse(rate).unwrap(), TrustedProxies::default())
+    fn limiter(rate: &str) -> Class {
+        let quota = Quota::parse(rate).unwrap();
+        Class { name: "default", quota, contains: |_| true, table: ClientTable::new() }
     }
 
-    fn allowed(limiter: &RateLimiter, client: impl Into<IpAddr>, now: Duration) -> bool {
+    fn allowed(limiter: &Class, client: impl Into<IpAddr>, now: Duration) -> bool {
         limiter.check(client.into(), now).allowed
     }
 
@@ -229,7 +289,7 @@ mod tests {
     fn no_window_admits_more_than_rate_plus_one_burst() {
         for rate in ["1/1", "7/3", "1000000/1", "3/86400"] {
             let (limiter, client) = (limiter(rate), Ipv4Addr::LOCALHOST);
-            let Quota { requests, seconds } = limiter.rate;
+            let Quota { requests, seconds } = limiter.quota;
             let steps = 4 * requests.min(10_000);
             let got = (0..steps).filter(|step| {
                 let now =
@@ -267,5 +327,35 @@ mod tests {
             assert!(allowed(&limiter, address, SECOND), "{address} is locked out");
         }
         assert!(!allowed(&limiter, abuser, SECOND), "other addresses have restored the quota");
+    }
+
+    #[test]
+    fn logins_have_a_quota_of_their_own_beside_that_of_all_requests() {
+        let quota = |text| Quota::parse(text);
+        let limiter = RateLimiter::new(quota("9/60"), quota("2/60"), TrustedProxies::default());
+        let limiter = limiter.unwrap();
+        let ask = |method: &str, path: &str| {
+            let request = Request::fake_http(method, path, vec![], vec![]);
+            let serve = || RoutedResponse { route: "/", result: Ok(Response::text("yes")) };
+            let result = limiter.limit(&request, serve).result;
+            let response = result.unwrap_or_else(|problem| problem.into_response("id"));
+            let header = response.headers.iter().find(|(name, _)| name == "RateLimit");
+            (response.status_code, header.unwrap().1.to_string())
+        };
+        let login = ask("POST", "/api/v1/auth/login");
+        assert_eq!(login, (200, "\"default\";r=8;t=7, \"login\";r=1;t=30".to_owned()));
+        assert_eq!(ask("GET", "/api/v1/users/exists?email=a").0, 200);
+        for (method, path) in [
+            ("POST", "/api/v1/auth/login/"),
+            ("POST", "/api/v1/auth/refresh"),
+            ("POST", "/api/v1/%75sers"),
+            ("PUT", "/api/v1/users/me/password"),
+        ] {
+            let (status, header) = ask(method, path);
+            assert_eq!(status, 429, "{method} {path}");
+            assert!(header.contains("\"login\";r=0"), "{header}");
+        }
+        assert_eq!(ask("GET", "/api/v1/users/me").0, 200);
+        assert!(RateLimiter::new(None, None, TrustedProxies::default()).is_none());
     }
 }

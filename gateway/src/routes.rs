@@ -12,6 +12,9 @@ use crate::{App, billing, docs, proxy};
 pub const ROUTES: &[Route<App>] = &[
     route("*", "/api/movies/*", movies),
     route("POST", "/api/billing", billing::place_order),
+    route("*", "/api/v1/auth/*", customers),
+    route("*", "/api/v1/users/*", customers),
+    route("*", "/.well-known/*", customers),
     route("GET", "/health", |_, _, _| Ok(health::liveness())),
     route("GET", "/health/ready", |app, _, _| Ok(health::readiness(&app.probes))),
     route("GET", "/openapi.yaml", |_, request, _| Ok(docs::openapi_yaml(request))),
@@ -24,6 +27,11 @@ pub const ROUTES: &[Route<App>] = &[
 /// Everything under `/api/movies`: inventory has the routes.
 fn movies(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
     proxy::forward(&app.inventory, &app.trusted_proxies, request)
+}
+
+/// Everything of accounts and sessions: customers has the routes.
+fn customers(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
+    proxy::forward(&app.customers, &app.trusted_proxies, request)
 }
 
 /// `GET /docs/{asset}`
@@ -46,6 +54,8 @@ fn root(_: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem>
                 "openapi": "/openapi.json",
                 "movies": "/api/movies",
                 "billing": "/api/billing",
+                "users": "/api/v1/users",
+                "login": "/api/v1/auth/login",
                 "health": "/health/ready",
             },
         }))

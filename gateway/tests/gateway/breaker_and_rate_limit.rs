@@ -389,7 +389,7 @@ fn forwarded_headers_are_kept_from_a_trusted_proxy_and_replaced_otherwise() {
             "x-forwarded-host: shop.example",
             "x-forwarded-port: 443",
             "x-forwarded-proto: https",
-            "x-real-ip: 192.0.2.9",
+            "x-real-ip: 192.0.2.8",
         ]
     );
     for (peer, lines) in [(3, lines), (3, ""), (2, "")] {
@@ -399,6 +399,7 @@ fn forwarded_headers_are_kept_from_a_trusted_proxy_and_replaced_otherwise() {
                 format!("x-forwarded-for: 127.0.0.{peer}"),
                 "x-forwarded-host: store.example".to_owned(),
                 "x-forwarded-proto: http".to_owned(),
+                format!("x-real-ip: 127.0.0.{peer}"),
             ]
         );
     }

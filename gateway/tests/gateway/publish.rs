@@ -39,8 +39,14 @@ fn connected(stack: &Stack) {
     eventually("the gateway is connected to the broker", 20, || {
         let text = agent().get(&url).call().ok()?.body_mut().read_to_string().ok()?;
         let ready: Value = serde_json::from_str(&text).ok()?;
-        (ready["checks"][1]["status"] == "ok").then_some(())
+        (check(&ready, "rabbitmq")["status"] == "ok").then_some(())
     });
+}
+
+/// The line of readiness for a dependency.
+fn check<'r>(ready: &'r Value, name: &str) -> &'r Value {
+    let checks = ready["checks"].as_array().unwrap();
+    checks.iter().find(|check| check["name"] == name).unwrap()
 }
 
 fn order_of(user: &str) -> String {
