@@ -15,12 +15,14 @@ ip_variable() { # machine
 firewall_rules() { # machine
   local service caller suffix port machines
   for service in $(services_on "$1"); do
-    machines=$(for caller in $(callers_of "$service"); do service_field "$caller" machine; done)
     for suffix in PORT INTERNAL_PORT; do
       port=$(setting "$service" "$suffix")
       [[ -n $port ]] || continue
+      machines=$(for caller in $(callers_of "$service"); do
+        [[ $(port_for "$caller" "$service") != "$suffix" ]] || service_field "$caller" machine
+      done)
       allow "$1" "$port" "$machines"
-      if [[ $suffix == PORT && -z $machines && "$(setting "$service" HOST)" == 0.0.0.0 ]]; then
+      if [[ $suffix == PORT && -z $(callers_of "$service") && "$(setting "$service" HOST)" == 0.0.0.0 ]]; then
         printf 'tcp dport %s accept\n' "$port"
       fi
     done
@@ -29,6 +31,12 @@ firewall_rules() { # machine
       allow "$1" "$RABBITMQ_PORT" "$machines"
     fi
   done
+}
+
+# Which port of a service a caller needs. A service that no other one calls forwards the requests of
+# clients, so it gets the public API and never the internal one.
+port_for() { # caller, service
+  if [[ -n $(callers_of "$1") && -n $(setting "$2" INTERNAL_PORT) ]]; then echo INTERNAL_PORT; else echo PORT; fi
 }
 
 # A port of this machine for other machines.

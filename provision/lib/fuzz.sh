@@ -2,7 +2,7 @@
 # Fuzzing with libFuzzer: builds the targets of tests/fuzz, runs them, and runs the control that must fail.
 # Sourced by provision/local; needs $work and $target.
 
-fuzz_targets=(request order message)
+fuzz_targets=(request order message token)
 
 fuzz() { # target, seconds
   local name wanted=("${fuzz_targets[@]}")
@@ -34,7 +34,7 @@ fuzz_build() {
 # New inputs stay in .local/fuzz; to keep them: TARGET -merge=1 tests/fuzz/corpus/TARGET .local/fuzz/TARGET
 fuzz_run() { # target, seconds
   local found=$work/fuzz/$1 seed=$RANDOM dictionary=order
-  [[ $1 != request ]] || dictionary=request
+  [[ ! -e $root/tests/fuzz/$1.dict ]] || dictionary=$1
   mkdir --parents "$found"
   printf '%s: %s s with seed %s\n' "$1" "$2" "$seed"
   if ! fuzzer "$1" -seed="$seed" -max_total_time="$2" -dict="$root/tests/fuzz/$dictionary.dict" \

@@ -31,7 +31,8 @@ isolated_settings() {
   for service in $(services_with database); do
     export "$(setting_name "$service" DB_HOST)=127.0.0.1" "$(setting_name "$service" DB_PORT)=$POSTGRES_PORT"
   done
-  export RABBITMQ_HOST=127.0.0.1
+  # All clients of a test have one address.
+  export RABBITMQ_HOST=127.0.0.1 GATEWAY_LOGIN_RATE_LIMIT=0
   # By this variable the tests in Rust know that the servers of these settings run.
   export MATINEE_TEST_SERVERS_DIR=$servers
 }
