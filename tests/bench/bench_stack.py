@@ -33,6 +33,8 @@ function init(args)
   for i = 1, 4096 do
     local n = math.random(rows)
     if kind == "movie" then requests[i] = wrk.format("GET", "/api/movies/" .. n)
+    elseif kind == "get" then requests[i] = wrk.format("GET", args[3], args[4] and { Authorization = "Bearer " .. args[4] })
+    elseif kind == "login" then requests[i] = wrk.format("POST", "/api/v1/auth/login", json, args[3])
     elseif kind == "add" then requests[i] = wrk.format("POST", "/api/movies", json,
       '{"title":"Movie ' .. n .. '","description":"' .. args[3] .. '"}')
     else requests[i] = wrk.format("POST", "/api/billing", json,
@@ -110,16 +112,19 @@ class Stack:
         self.directory.mkdir(parents=True)
         self.processes = {}
         self.env = settings()
-        ports = free_ports(12)
-        names = ("POSTGRES_PORT RABBITMQ_PORT RABBITMQ_MANAGEMENT_PORT RABBITMQ_DIST_PORT RABBITMQ_EPMD_PORT"
-                 " GATEWAY_PORT INVENTORY_PORT BILLING_PORT").split()
+        names = "POSTGRES_PORT RABBITMQ_PORT RABBITMQ_MANAGEMENT_PORT RABBITMQ_DIST_PORT RABBITMQ_EPMD_PORT".split()
+        self.services = services()
+        prefixes = [name.upper() for name in self.services]
+        names += [f"{prefix}_{suffix}" for prefix in (*prefixes, "TOKENS") for suffix in ("PORT", "INTERNAL_PORT")]
+        ports = free_ports(len(names) + len(prefixes) + 2)
         self.env.update(zip(names, map(str, ports)))
-        self.env.update(INVENTORY_DB_PORT=str(ports[0]), BILLING_DB_PORT=str(ports[0]))
-        for name in "GATEWAY INVENTORY BILLING INVENTORY_DB BILLING_DB RABBITMQ".split():
+        for prefix in prefixes:
+            self.env[f"{prefix}_DB_PORT"] = self.env["POSTGRES_PORT"]
+        for name in ("RABBITMQ", "TOKENS", *prefixes, *(f"{prefix}_DB" for prefix in prefixes)):
             self.env[f"{name}_HOST"] = "127.0.0.1"
-        for name, port in zip(("GATEWAY", "INVENTORY", "BILLING"), ports[8:]):
-            self.env[f"{name}_METRICS_LISTEN"] = f"127.0.0.1:{port}"
-        self.nginx_port = ports[11]
+        self.nginx_port, *ports = ports[len(names):]
+        for prefix, port in zip((*prefixes, "TOKENS"), ports):
+            self.env[f"{prefix}_METRICS_LISTEN"] = f"127.0.0.1:{port}"
         self.env["MATINEE_BIN_DIR"] = str(RELEASE)
         self.env["PATH"] += ":/usr/sbin:/sbin"
         (self.directory / "wrk.lua").write_text(WRK)
@@ -248,7 +253,7 @@ class Stack:
         """Runs a load; adds what each part spent in CPU for a request, and the memory it had at most."""
         for log in self.directory.glob("*.log"):
             os.truncate(log, 0)
-        own = [part for part in parts if part in ("gateway", "inventory", "billing")]
+        own = [part for part in parts if part in (*self.services, "tokens")]
         for part in own:
             if part in self.pids:
                 pathlib.Path(f"/proc/{self.pids[part]}/clear_refs").write_text("5")  # VmHWM begins anew
@@ -275,11 +280,16 @@ class Stack:
         measured["memory"] = {part: kib(self.pids[part], "status", "VmHWM") << 10 if part in own else peaks[part] for part in parts}
         return measured
 
-    def wrk(self, service, connections, kind, rows, parts):
+    def wrk(self, service, connections, kind, rows, parts, *arguments):
+        """`arguments` are what the kind of request needs besides; a text of a movie by default."""
+        return self.cost(parts, lambda: self.wrk_alone(service, connections, kind, *(arguments or (TEXT,)), rows=rows))
+
+    def wrk_alone(self, service, connections, kind, *arguments, rows=1):
+        """Without what it costs: beside another load."""
         threads = min(2, connections)
         command = ["wrk", "-t", threads, "-c", connections, "-d", f"{self.seconds}s", "-s", self.directory / "wrk.lua",
-                   f"http://127.0.0.1:{self.port(service)}", "--", kind, rows, TEXT]
-        return self.cost(parts, lambda: json.loads(run(command, self.env).splitlines()[-1]))
+                   f"http://127.0.0.1:{self.port(service)}", "--", kind, rows, *arguments]
+        return json.loads(run(command, self.env).splitlines()[-1])
 
     def bench_sql(self, clients, script, rows):
         (self.directory / "pgbench.sql").write_text(script.format(rows=rows))
@@ -315,6 +325,18 @@ def run(command, env=None, input=None):
     return done.stdout
 
 
+def call(stack, service, method, path, body=None, token=None, client=None):
+    """The status of a request and its JSON, or None."""
+    connection = http.client.HTTPConnection("127.0.0.1", stack.port(service), timeout=30)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    headers |= {"X-Real-IP": client} if client else {}
+    connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    return answer.status, json.loads(text) if text else None
+
+
 def get(stack, service, path, keep=False):
     """One GET by hand: when the first byte came, and when the last, in ms; or, kept, the connection."""
     connection = http.client.HTTPConnection("127.0.0.1", stack.port(service), timeout=60)
@@ -342,6 +364,12 @@ def client_cpu():
     """Seconds of CPU of the load generators that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def services():
+    """The names of all services, from their table."""
+    rows = (line.split() for line in (ROOT / "provision/services").read_text().splitlines())
+    return [row[0] for row in rows if row and not row[0].startswith("#")]
 
 
 def settings():

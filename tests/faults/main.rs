@@ -10,6 +10,7 @@
 mod broker;
 mod clients;
 mod crashes;
+mod customers;
 mod data_integrity;
 mod database;
 mod mutants;
@@ -51,6 +52,7 @@ const CASES: &[&[Case]] = &[
     partitions::CASES,
     operations::CASES,
     poison::CASES,
+    customers::CASES,
 ];
 
 const USAGE: &str = "\

@@ -21,10 +21,10 @@ fn may_have(row: &ServiceRow, name: &str) -> bool {
     ];
     let address_of_callee = row.calls.iter().any(|callee| {
         let prefix = service(callee).prefix();
-        name == format!("{prefix}_HOST") || name == format!("{prefix}_PORT")
+        ["HOST", "PORT", "INTERNAL_PORT"].iter().any(|part| name == format!("{prefix}_{part}"))
     });
     let of_the_owner = name.contains("_DB_OWNER");
-    let shared = ["LOG_", "HTTP_"].iter().any(|prefix| name.starts_with(prefix));
+    let shared = ["AUTH_", "HTTP_", "LOG_"].iter().any(|prefix| name.starts_with(prefix));
     !of_the_owner
         && (name.starts_with(&own)
             || shared

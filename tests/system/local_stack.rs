@@ -228,7 +228,7 @@ impl LocalStack {
     }
 
     /// A cargo that builds nothing: it copies the programs that the tests have. All else is asked of
-    /// the real one, which the user has told to build in another directory; at the usual place
+    /// the real one, which the user has set to build in another directory; at the usual place
     /// there are programs that end at once.
     fn replace_cargo(&self) {
         let names: Vec<&str> = services().iter().map(|row| row.name.as_str()).collect();

@@ -140,9 +140,8 @@ RABBITMQ_PORT=5672
         [
             "ip saddr 10.0.0.1 tcp dport 8080 accept",
             "ip saddr 10.0.0.1 tcp dport 8082 accept",
-            "ip saddr 10.0.0.1 tcp dport 9082 accept",
+            // inventory has no internal API here; that of customers is not for the gateway.
             "ip saddr 10.0.0.3 tcp dport 8080 accept",
-            "ip saddr 10.0.0.3 tcp dport 8082 accept",
             "ip saddr 10.0.0.3 tcp dport 9082 accept",
         ]
     );

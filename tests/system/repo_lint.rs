@@ -38,8 +38,10 @@ fn no_credential_stands_outside_env() {
         .unwrap();
     assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
     let files = String::from_utf8(listed.stdout).unwrap();
-    let secrets: Vec<(&String, &String)> =
-        dotenv().iter().filter(|(name, _)| name.ends_with("_PASSWORD")).collect();
+    let secrets: Vec<(&String, &String)> = dotenv()
+        .iter()
+        .filter(|(name, _)| name.ends_with("_PASSWORD") || name.ends_with("_KEYS"))
+        .collect();
     assert!(secrets.len() > 5 && files.lines().count() > 50);
     for file in files.lines().filter(|file| *file != ".env") {
         let Ok(bytes) = fs::read(Path::new(ROOT).join(file)) else { continue };

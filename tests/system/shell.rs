@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// A service that libpq, and whoever reads its file, would connect to.
+/// A service that libpq, and every reader of its file, would connect to.
 const OTHER_SERVER: &str = "[other]\nhost=127.0.0.2\nport=1\ndbname=other\nuser=other\n";
 
 /// A program, started as from the shell of a user who works with another server, has settings of

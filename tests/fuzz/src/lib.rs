@@ -7,3 +7,4 @@
 pub mod message;
 pub mod order;
 pub mod request;
+pub mod token;

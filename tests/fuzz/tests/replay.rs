@@ -35,3 +35,10 @@ fn any_message_is_parsed_or_rejected_without_a_panic() {
     assert!(kept.len() > 50, "{} inputs", kept.len());
     kept.iter().for_each(|message| fuzz::message::check(message));
 }
+
+#[test]
+fn no_access_token_is_accepted_but_a_signed_one_with_the_right_header_and_claims() {
+    let kept = files("corpus/token");
+    assert!(kept.len() > 20, "{} inputs", kept.len());
+    kept.iter().for_each(|token| fuzz::token::check(token));
+}
