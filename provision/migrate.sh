@@ -57,7 +57,7 @@ where not member.rolsuper;
 select count(*) > 0 as found, string_agg(login, ', ') as logins
 from renamed where service = :'group' and login <> :'user' \gset renamed_
 \if :renamed_found
-\warn note: disabled in PostgreSQL, because the service has another login now: :renamed_logins
+\warn NOTE: disabled in PostgreSQL, because the service has another login now: :renamed_logins
 select format('alter role %I nologin', login) from renamed
 where service = :'group' and login <> :'user' \gexec
 select format('revoke %I from %I', service, login) from renamed
@@ -84,7 +84,7 @@ and not exists (
     where other.datdba = former.oid and other.datname <> current_database()
 ) \gset former_
 \if :former_found
-\warn note: disabled in PostgreSQL, because the database has another owner now: :former_owner
+\warn NOTE: disabled in PostgreSQL, because the database has another owner now: :former_owner
 alter role :"former_owner" nologin;
 reassign owned by :"former_owner" to :"owner";
 \endif

@@ -99,7 +99,7 @@ stop_leftovers() {
   for service in $(services); do
     pids=$(pids_of "$service")
     [[ -n $pids ]] || continue
-    echo "note: stopping $service, which PM2 has lost: process ${pids//$'\n'/ }"
+    echo "NOTE: stopping $service, which PM2 has lost: process ${pids//$'\n'/ }"
     # shellcheck disable=SC2086 # one word for each process
     kill -TERM $pids 2>/dev/null || true
     for pid in $pids; do

@@ -30,7 +30,7 @@ step() { # title, function, hint for when it fails
   [[ ! -t 3 ]] || printf '\r%s' "$step_line" >&3
   printf ' %s s   \n' "$(seconds_since "$started")" >&3
   # What the user must know although the step succeeded.
-  tail --lines "+$((step_from + 1))" "$log" | sed --quiet 's/^note: /      /p' >&3
+  tail --lines "+$((step_from + 1))" "$log" | sed --quiet 's/^NOTE: /      /p' >&3
 }
 
 # Called at every exit. After a failed step it shows which step it was, the end of the log, and the hint.
