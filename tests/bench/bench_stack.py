@@ -161,7 +161,7 @@ class Stack:
         took = {}
         for service in services:
             app = next(app for app in self.apps if app["name"] == f"{service}_app")
-            took[service] = self.launch(service, [app["script"]], app["env"] | env, "/health/ready")
+            took[service] = self.launch(service, [pathlib.Path(app["cwd"], app["script"])], app["env"] | env, "/health/ready")
         return took
 
     def launch(self, name, command, env, path):
