@@ -140,7 +140,7 @@ class Stack:
                 "PostgreSQL": int((self.servers / "postgres/data/postmaster.pid").read_text().split()[0]),
                 "RabbitMQ": int((self.servers / "rabbitmq/pid").read_text()),
             }
-            self.start("inventory", "gateway")
+            self.start("inventory", "customers", "gateway")
         except BaseException:
             self.__exit__()
             raise
