@@ -5,6 +5,7 @@ use std::fmt;
 
 use rouille::Response;
 use serde::Serialize;
+use serde_json::Value;
 
 /// A refusal or a failure. The client gets the detail; the cause goes only to the log.
 #[derive(Debug)]
@@ -13,6 +14,7 @@ pub struct Problem {
     title: &'static str,
     detail: String,
     fields: Vec<(String, String)>,
+    members: serde_json::Map<String, Value>,
     headers: Vec<(&'static str, String)>,
     cause: Option<Box<dyn Error + Send + Sync>>,
 }
@@ -25,6 +27,7 @@ impl Problem {
             title: reason_phrase(status),
             detail: detail.into(),
             fields: Vec::new(),
+            members: serde_json::Map::new(),
             headers: Vec::new(),
             cause: None,
         }
@@ -73,6 +76,14 @@ impl Problem {
         self
     }
 
+    /// Adds a member to the document (RFC 9457 section 3.2), for programs.
+    pub fn with_member(mut self, name: &str, value: impl Serialize) -> Problem {
+        // It fails only for a map whose keys are no strings.
+        let value = serde_json::to_value(value).unwrap_or_default();
+        self.members.insert(name.to_owned(), value);
+        self
+    }
+
     /// Adds a header to the response.
     pub fn with_header(mut self, name: &'static str, value: impl Into<String>) -> Problem {
         self.headers.push((name, value.into()));
@@ -95,6 +106,7 @@ impl Problem {
             error: &self.detail,
             request_id,
             errors: self.fields.iter().map(|(field, rule)| FieldError { field, rule }).collect(),
+            members: &self.members,
         };
         let mut response = Response::json(&document)
             .with_status_code(self.status)
@@ -118,6 +130,8 @@ struct Document<'p> {
     request_id: &'p str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     errors: Vec<FieldError<'p>>,
+    #[serde(flatten)]
+    members: &'p serde_json::Map<String, Value>,
 }
 
 #[derive(Serialize)]

@@ -57,6 +57,26 @@ pub fn single_header<'r>(request: &'r Request, name: &str) -> Result<Option<&'r 
     }
 }
 
+/// The key of the header `Idempotency-Key` (IETF draft-ietf-httpapi-idempotency-key-header), quoted as
+/// the draft has it or bare: 1 to 255 printable ASCII characters, else 400.
+pub fn idempotency_key(request: &Request) -> Result<Option<String>, Problem> {
+    let header = single_header(request, "Idempotency-Key")?;
+    header.map(parse_idempotency_key).transpose()
+}
+
+fn parse_idempotency_key(header: &str) -> Result<String, Problem> {
+    let inner = header.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    let key = inner.unwrap_or(header);
+    let printable = key.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    // In quotes a backslash begins an escape: neither it nor a quote is supported.
+    let plain = !key.contains('"') && (inner.is_none() || !key.contains('\\'));
+    if printable && plain && (1..=255).contains(&key.len()) {
+        Ok(key.to_owned())
+    } else {
+        Err(Problem::bad_request("Idempotency-Key must be 1 to 255 printable ASCII characters"))
+    }
+}
+
 /// The bytes of a header value. A value that was received has one character U+0000 to U+00FF for
 /// each byte (see [`crate::http1::RequestHead`]); any other character is encoded as UTF-8.
 pub fn header_bytes(value: &str) -> Vec<u8> {
@@ -143,6 +163,15 @@ mod tests {
 
     fn path_of(url: &str) -> String {
         path(&Request::fake_http("GET", url, vec![], vec![])).into_owned()
+    }
+
+    #[test]
+    fn an_idempotency_key_may_be_quoted_or_bare_and_must_be_printable() {
+        assert_eq!(parse_idempotency_key("\"abc\"").unwrap(), "abc");
+        assert_eq!(parse_idempotency_key("abc").unwrap(), "abc");
+        for bad in ["", "\"\"", "\"", "a\"b", "\"a\\\"b\"", "ä", &"x".repeat(256)] {
+            assert_eq!(parse_idempotency_key(bad).unwrap_err().status(), 400, "{bad}");
+        }
     }
 
     #[test]

@@ -105,8 +105,8 @@ const ACCEPT_QUEUE_CAPACITY: usize = 256;
 /// of the metrics, the broker connection, probes, and some to spare.
 const RESERVED_FDS: usize = 32;
 
-/// Connections to the internal listener: a few from each instance of each service.
-const MAX_INTERNAL_CONNECTIONS: usize = 64;
+/// Connections to the internal listener: some dozens from each instance of each service.
+const MAX_INTERNAL_CONNECTIONS: usize = 192;
 
 /// After a stop: how long a client that has sent its SYN may take to send the ACK.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_millis(10);

@@ -1,5 +1,6 @@
 //! The internal API, for other services only.
 
+use chassis::query::Query;
 use chassis::router::{Params, positive_id};
 use chassis::{Problem, response};
 use rouille::{Request, Response};
@@ -8,7 +9,6 @@ use serde_json::value::RawValue;
 
 use crate::App;
 use crate::sessions::store as sessions;
-use crate::users::list::parameters;
 use crate::users::store::{self as users, Contact};
 
 /// A user as an order needs it.
@@ -45,10 +45,10 @@ pub fn user(app: &App, _: &Request, params: &Params) -> Result<Response, Problem
 
 /// `GET /internal/revocations?after=N&epoch=E`
 pub fn revocations(app: &App, request: &Request, _: &Params) -> Result<Response, Problem> {
-    let [after, epoch] = parameters(request.raw_query_string(), ["after", "epoch"])?;
-    let after = after.map_or(Ok(0), |text| text.parse::<i64>());
-    let after = after.map_err(|_| Problem::invalid_field("after", "must be a number"))?;
-    let epoch = epoch.unwrap_or_default();
+    let mut query = Query::parse(request.raw_query_string(), &["after", "epoch"])?;
+    let after = query.number("after", 0, 0..=i64::MAX);
+    let epoch = query.value("epoch").unwrap_or_default();
+    query.finish()?;
     let page = app.db.read(|db| sessions::revocations(db, &epoch, after))?;
     Ok(response::ok(&page))
 }

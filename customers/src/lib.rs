@@ -94,26 +94,6 @@ impl App {
     }
 }
 
-/// Runs several statements in one transaction, which is rolled back where one fails.
-pub fn in_transaction<T>(
-    db: &mut Db,
-    work: impl FnOnce(&mut Db) -> Result<T, Error>,
-) -> Result<T, Error> {
-    db.client.batch_execute("begin")?;
-    db::renew_deadline();
-    let result = work(db);
-    db::renew_deadline();
-    match result {
-        // After a statement that the schema has refused this rolls back, too.
-        Ok(done) => db.client.batch_execute("commit").map(|()| done),
-        Err(err) => {
-            // Where this fails the connection is lost, and the transaction with it.
-            let _ = db.client.batch_execute("rollback");
-            Err(err)
-        }
-    }
-}
-
 /// The address of a request's client, as the gateway names it.
 pub fn client_address(request: &Request) -> IpAddr {
     let named = request.header("X-Real-IP").and_then(|text| text.parse().ok());

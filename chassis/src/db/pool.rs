@@ -13,7 +13,7 @@ use prometheus::{
 use r2d2::{ManageConnection, PooledConnection};
 
 use super::error::{is_connection_lost, is_stale_statement};
-use super::{CONNECT_TIMEOUT, Config, Error};
+use super::{CONNECT_TIMEOUT, Config, Error, renew_deadline};
 use crate::semaphore::{FairSemaphore, SemaphorePermit};
 
 /// A connection that was used within this time is not validated before it is used again.
@@ -238,6 +238,49 @@ impl From<Attempt> for Error {
             Attempt::Query(err) => err.into(),
         }
     }
+}
+
+/// Runs several statements in one transaction, which is rolled back where one fails.
+pub fn in_transaction<S, T>(
+    db: &mut Connection<S>,
+    work: impl FnOnce(&mut Connection<S>) -> Result<T, postgres::Error>,
+) -> Result<T, postgres::Error> {
+    in_transaction_with(db, "", work)
+}
+
+/// The same with settings of this transaction, such as `set local lock_timeout = '100ms'`.
+pub fn in_transaction_with<S, T>(
+    db: &mut Connection<S>,
+    settings: &str,
+    work: impl FnOnce(&mut Connection<S>) -> Result<T, postgres::Error>,
+) -> Result<T, postgres::Error> {
+    db.client.batch_execute(&format!("begin; {settings}"))?;
+    renew_deadline();
+    let result = work(db);
+    renew_deadline();
+    match result {
+        // After a statement that the schema has refused this rolls back, too.
+        Ok(done) => db.client.batch_execute("commit").map(|()| done),
+        Err(err) => {
+            // Where this fails the connection is lost, and the transaction with it.
+            let _ = db.client.batch_execute("rollback");
+            Err(err)
+        }
+    }
+}
+
+/// The pattern of `like` for a text that contains `part`, whose characters are all ordinary.
+pub fn like_pattern(part: &str) -> String {
+    let mut pattern = String::with_capacity(part.len() + 2);
+    pattern.push('%');
+    for char in part.chars() {
+        if matches!(char, '%' | '_' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(char);
+    }
+    pattern.push('%');
+    pattern
 }
 
 /// Makes connections for r2d2 and validates them.

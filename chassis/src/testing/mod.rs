@@ -7,6 +7,7 @@
 //!   [`http::metric`], which reads a service's metrics.
 //! - [`process::Service`]: a started program with its log; signals, and what `/proc` says of it.
 //! - [`fake_upstream::FakeUpstream`]: an HTTP server that answers as a test wants.
+//! - `TokenIssuer`: access tokens without the service that makes them.
 //! - [`http_corpus`]: streams of bytes that every server here must read in one way.
 //! - [`eventually`]: polls with a deadline, where another test would sleep.
 
@@ -16,6 +17,8 @@ pub mod http;
 pub mod http_corpus;
 pub mod migrations;
 pub mod process;
+#[cfg(feature = "auth")]
+mod token_issuer;
 mod vhost;
 
 use std::fmt::Display;
@@ -26,6 +29,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use db::{TestDb, connect_as_service, connect_as_superuser, end_other_sessions};
+#[cfg(feature = "auth")]
+pub use token_issuer::TokenIssuer;
 pub use vhost::{TestVhost, management_api, vhost_path};
 
 /// A name that no other test has, in this process or another.

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 
 use chassis::auth::{Principal, Revocation};
+use chassis::db::in_transaction;
+use chassis::fields::Errors;
 use chassis::router::Params;
 use chassis::{Problem, request as http, response};
 use rouille::{Request, Response};
@@ -12,10 +14,10 @@ use uuid::Uuid;
 
 use super::store::{self, Rotation, Session};
 use super::tokens::{RefreshToken, Subject};
-use crate::users::fields::{Errors, comparison_key};
+use crate::users::fields::comparison_key;
 use crate::users::store::{self as users, Credentials, Login};
 use crate::users::user::User;
-use crate::{App, client_address, in_transaction, unix_now};
+use crate::{App, client_address, unix_now};
 
 /// One text for all reasons: it does not show which accounts exist.
 const WRONG_LOGIN: &str = "the e-mail address, user name or password is wrong";
@@ -133,7 +135,7 @@ pub fn refresh(app: &App, request: &Request, _: &Params) -> Result<Response, Pro
     let text = http::json_text(request)?;
     let body: RawRefresh<'_> = http::json_object(&text)?;
     let mut errors = Errors::default();
-    let sent = errors.required(body.refresh_token, "refresh_token", Ok);
+    let sent = errors.required_text(body.refresh_token, "refresh_token", Ok);
     errors.into_result()?;
     let invalid = || invalid_grant("the refresh token is not valid");
     let old = RefreshToken::parse(&sent).ok_or_else(invalid)?;
@@ -207,18 +209,18 @@ pub fn end_one(app: &App, request: &Request, params: &Params) -> Result<Response
 fn parse_login(text: &str) -> Result<(Login, String), Problem> {
     let body: RawLogin<'_> = http::json_object(text)?;
     let mut errors = Errors::default();
-    let password = errors.required(body.password, "password", Ok);
+    let password = errors.required_text(body.password, "password", Ok);
     let login = match (body.email, body.username) {
         (Some(_), Some(_)) => {
             errors.add("username", "must not be given beside email");
             None
         }
         (None, Some(name)) => {
-            let name = errors.required(Some(name), "username", Ok);
+            let name = errors.required_text(Some(name), "username", Ok);
             Some(Login::Username(comparison_key(&name)))
         }
         (email, None) => {
-            let email = errors.required(email, "email", Ok);
+            let email = errors.required_text(email, "email", Ok);
             Some(Login::Email(comparison_key(&email)))
         }
     };

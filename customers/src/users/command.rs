@@ -4,7 +4,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
-use chassis::db::Pool;
+use chassis::db::{Pool, in_transaction};
 use chassis::etag::Precondition;
 use chassis::{Env, Problem};
 
@@ -13,7 +13,7 @@ use super::store::{self, Contact, Login, Outcome};
 use super::user::{NewUser, Profile, UserUpdate};
 use crate::passwords::{Passwords, check_new};
 use crate::sessions::store::{self as sessions, Lifetimes};
-use crate::{Db, Statements, command_config, in_transaction};
+use crate::{Db, Statements, command_config};
 
 const USAGE: &str = "\
 Accounts by hand. The database is that of the settings of customers.

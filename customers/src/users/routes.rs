@@ -1,19 +1,22 @@
 //! The HTTP API of accounts.
 
 use chassis::auth::{Principal, Revocation};
+use chassis::db::in_transaction;
 use chassis::etag;
+use chassis::fields::Errors;
+use chassis::query::Query;
 use chassis::router::Params;
 use chassis::{Problem, request as http, response};
 use rouille::{Request, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::fields::Errors;
-use super::list::{ListQuery, list_response, parameters};
+use super::list::{ListQuery, list_response};
 use super::store::{self, Credentials, Login, Outcome};
 use super::user::{NewUser, UserUpdate};
+use crate::passwords::check_new;
 use crate::sessions::store as sessions;
-use crate::{App, client_address, in_transaction};
+use crate::{App, client_address};
 
 #[derive(Deserialize)]
 struct RawPassword<'b> {
@@ -52,7 +55,8 @@ pub fn list(app: &App, request: &Request, _: &Params) -> Result<Response, Proble
 
 /// `GET /api/v1/users/exists`
 pub fn exists(app: &App, request: &Request, _: &Params) -> Result<Response, Problem> {
-    let [email, username] = parameters(request.raw_query_string(), ["email", "username"])?;
+    let mut query = Query::parse(request.raw_query_string(), &["email", "username"])?;
+    let (email, username) = (query.value("email"), query.value("username"));
     if email.is_some() == username.is_some() {
         return Err(Problem::invalid_field("query", "must have either email or username"));
     }
@@ -131,12 +135,14 @@ pub fn set_password(app: &App, request: &Request, params: &Params) -> Result<Res
     let is_own = id == principal.user_id;
     let mut errors = Errors::default();
     let current = match is_own {
-        true => errors.required(body.current_password, "current_password", Ok),
+        true => errors.required_text(body.current_password, "current_password", Ok),
         false => String::new(),
     };
     let user = app.db.read(|db| store::credentials(db, &Login::Id(id)))?.ok_or_else(not_found)?;
     let own: Vec<&str> = user.own_names.iter().map(String::as_str).collect();
-    let new = errors.new_password(body.new_password, "new_password", &own);
+    let new = errors.required_text(body.new_password, "new_password", |text| {
+        check_new(&text, &own).map(|()| text)
+    });
     errors.into_result()?;
     if is_own {
         verify(app, request, &user, &current)?;

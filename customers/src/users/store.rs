@@ -1,6 +1,6 @@
 //! All SQL of the accounts, one function a query.
 
-use chassis::db::renew_deadline;
+use chassis::db::{like_pattern, renew_deadline};
 use chassis::etag::Precondition;
 use postgres::error::SqlState;
 use postgres::types::ToSql;
@@ -397,12 +397,6 @@ fn why_not<T>(row: &Row, precondition: &Precondition) -> Result<Outcome<T>, Erro
     } else {
         Outcome::NotFound
     })
-}
-
-/// The pattern of `like` for a text that contains `part`, whose characters are all ordinary.
-fn like_pattern(part: &str) -> String {
-    let escaped = part.replace('\\', r"\\").replace('%', r"\%").replace('_', r"\_");
-    format!("%{escaped}%")
 }
 
 fn versioned(db: &Db, row: &Row) -> Result<Versioned, Error> {

@@ -1,10 +1,12 @@
 //! A user: its fields, its JSON form, and its rules.
 
+use chassis::fields::{Errors, Given};
 use chassis::{Problem, request};
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::fields::{self, Errors, Given, short_text};
+use super::fields;
+use crate::passwords::check_new;
 
 /// An account as its owner and administrators see it. The order of the fields is that of the
 /// answers; what is not set is null.
@@ -156,12 +158,14 @@ impl NewUser {
     pub fn from_json(text: &str) -> Result<NewUser, Problem> {
         let body: RawUser<'_> = request::json_object(text)?;
         let mut errors = Errors::default();
-        let email = errors.required(body.email, "email", fields::email);
+        let email = errors.required_text(body.email, "email", fields::email);
         if body.is_admin.is_some() {
             errors.add("is_admin", "cannot be set at registration");
         }
         let (profile, _) = profile(&body, &mut errors);
-        let password = errors.new_password(body.password, "password", &profile.own_names(&email));
+        let own = profile.own_names(&email);
+        let password = errors
+            .required_text(body.password, "password", |text| check_new(&text, &own).map(|()| text));
         errors.into_result()?;
         Ok(NewUser { email, password, profile })
     }
@@ -183,7 +187,7 @@ impl UserUpdate {
         if body.password.is_some() {
             errors.add("password", "is changed by PUT …/password");
         }
-        let email = body.email.map(|raw| errors.required(Some(raw), "email", fields::email));
+        let email = body.email.map(|raw| errors.required_text(Some(raw), "email", fields::email));
         let is_admin = body.is_admin.and_then(|raw| {
             let parsed = serde_json::from_str(raw.get()).ok();
             if parsed.is_none() {
@@ -207,9 +211,7 @@ fn profile(body: &RawUser<'_>, errors: &mut Errors) -> (Profile, Vec<&'static st
         |name: &'static str, is_present: bool| changes.extend(is_present.then_some(name));
     let mut name = |raw: Option<&RawValue>, field: &'static str, errors: &mut Errors| {
         note(field, raw.is_some());
-        let given =
-            errors.text(raw, field, |text| short_text(&text, 100).map(Option::unwrap_or_default));
-        given.value().filter(|text| !text.is_empty())
+        errors.short_text(raw, field, 100).value()
     };
     let first_name = name(body.first_name, "first_name", errors);
     let last_name = name(body.last_name, "last_name", errors);
@@ -250,17 +252,11 @@ fn member(
     required: bool,
     errors: &mut Errors,
 ) -> Option<String> {
-    let check = |text: String| short_text(&text, 200).map(Option::unwrap_or_default);
-    let given = errors.text(raw, field, check);
-    let is_missing = match &given {
-        Given::Absent => true,
-        Given::Null => raw.is_some_and(|raw| raw.get() == "null"),
-        Given::Value(text) => text.is_empty(),
-    };
-    if required && is_missing {
+    let given = errors.short_text(raw, field, 200);
+    if required && matches!(given, Given::Absent | Given::Null) {
         errors.add(field, "is required");
     }
-    given.value().filter(|text| !text.is_empty())
+    given.value()
 }
 
 fn address(raw: Option<&RawValue>, field: &str, errors: &mut Errors) -> Option<String> {
@@ -371,7 +367,7 @@ mod tests {
             errors_of(account("password", json!(""))),
             ["password must have 8 to 128 characters"]
         );
-        assert_eq!(errors_of(account("password", Value::Null)), ["password must be a string"]);
+        assert_eq!(errors_of(account("password", Value::Null)), ["password must not be null"]);
     }
 
     #[test]
@@ -441,7 +437,7 @@ mod tests {
         let cleared = update(json!({ "first_name": null, "username": null, "last_name": "" }));
         assert_eq!(cleared.unwrap().changes, ["first_name", "last_name", "username"]);
         for (body, rule) in [
-            (json!({ "email": null }), "email must be a string"),
+            (json!({ "email": null }), "email must not be null"),
             (json!({ "is_admin": null }), "is_admin must be true or false"),
             (json!({ "is_admin": 1 }), "is_admin must be true or false"),
             (json!({ "password": "x" }), "password is changed by PUT …/password"),

@@ -16,10 +16,7 @@ use order::Order;
 
 /// `POST /api/billing`
 pub fn place_order(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
-    let key = match http::single_header(request, "Idempotency-Key")? {
-        Some(header) => Some(order::idempotency_key(header)?),
-        None => None,
-    };
+    let key = http::idempotency_key(request)?;
     let text = http::json_text(request)?;
     if text.len() > order::MAX_ORDER_BYTES {
         let limit = order::MAX_ORDER_BYTES;
