@@ -32,7 +32,7 @@ const services = fs.readFileSync(table, 'utf8')
 
 // A process gets the variables that it needs and no others: its own, those that are common to all,
 // and the addresses of what it uses. No process gets a password of another, or of its database's owner.
-const common = /^(AUTH|HTTP|LOG)_/
+const common = /^(AUTH|HTTP|LOG|STORE)_/
 const broker = /^RABBITMQ_(HOST|PORT|VHOST|QUEUE|HEARTBEAT_S)$/
 const owner = /_DB_OWNER/
 const own = name => new RegExp(`^${name.toUpperCase()}_`)

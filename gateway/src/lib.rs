@@ -1,4 +1,4 @@
-//! The public API: forwards `/api/movies` to inventory and accounts to customers, publishes
+//! The public API: forwards movies and products to inventory and accounts to customers, publishes
 //! `/api/billing` to the queue, and serves the contract. It has no data of its own.
 
 use chassis::health::Probe;
@@ -28,7 +28,7 @@ use trusted_proxies::TrustedProxies;
 
 /// What the routes need.
 pub struct App {
-    /// Has the movies.
+    /// Has the movies and products.
     pub inventory: Upstream,
     /// Has the accounts and sessions.
     pub customers: Upstream,

@@ -10,7 +10,8 @@ use crate::{App, billing, docs, proxy};
 
 /// The public API.
 pub const ROUTES: &[Route<App>] = &[
-    route("*", "/api/movies/*", movies),
+    route("*", "/api/movies/*", inventory),
+    route("*", "/api/v1/products/*", inventory),
     route("POST", "/api/billing", billing::place_order),
     route("*", "/api/v1/auth/*", customers),
     route("*", "/api/v1/users/*", customers),
@@ -24,8 +25,8 @@ pub const ROUTES: &[Route<App>] = &[
     route("GET", "/", root),
 ];
 
-/// Everything under `/api/movies`: inventory has the routes.
-fn movies(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
+/// Everything of movies and products: inventory has the routes.
+fn inventory(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
     proxy::forward(&app.inventory, &app.trusted_proxies, request)
 }
 
@@ -53,6 +54,7 @@ fn root(_: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem>
                 "docs": "/docs",
                 "openapi": "/openapi.json",
                 "movies": "/api/movies",
+                "products": "/api/v1/products",
                 "billing": "/api/billing",
                 "users": "/api/v1/users",
                 "login": "/api/v1/auth/login",

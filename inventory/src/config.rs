@@ -1,14 +1,26 @@
 //! Every variable that this service reads.
 
-use chassis::{Env, db, logging, server};
+use std::net::SocketAddr;
+
+use chassis::{Env, auth, db, logging, server};
 use log::LevelFilter;
 
 /// The settings of this service; `.env` explains each.
 pub struct Config {
     /// Addresses and limits of the HTTP server.
     pub http: server::Config,
+    /// Where other services ask.
+    pub internal_listen: SocketAddr,
     /// The database.
     pub db: db::Config,
+    /// Which access tokens are accepted.
+    pub auth: auth::Config,
+    /// The internal API of customers, for keys and ended sessions.
+    pub customers: SocketAddr,
+    /// The currency of all prices, ISO 4217.
+    pub currency: String,
+    /// `Cache-Control` of products.
+    pub products_cache_control: String,
     /// The lowest level that is logged.
     pub log_level: LevelFilter,
 }
@@ -20,9 +32,32 @@ impl Config {
         http.limits = http.limits.with_proxy_headroom();
         let config = Config {
             http,
+            internal_listen: env.host_port("INVENTORY_HOST", "INVENTORY_INTERNAL_PORT"),
             db: db::Config::from_env(&mut env, "INVENTORY"),
+            auth: auth::Config::from_env(&mut env),
+            customers: env.host_port("CUSTOMERS_HOST", "CUSTOMERS_INTERNAL_PORT"),
+            currency: currency(&mut env),
+            products_cache_control: cache_control(&mut env),
             log_level: logging::level_from_env(&mut env),
         };
         env.finish(config)
     }
+}
+
+fn currency(env: &mut Env) -> String {
+    let name = "STORE_CURRENCY";
+    let code = env.required(name);
+    if !code.is_empty() && !(code.len() == 3 && code.bytes().all(|it| it.is_ascii_uppercase())) {
+        env.error(&format!("{name} must be a code of three capital letters (ISO 4217)"));
+    }
+    code
+}
+
+fn cache_control(env: &mut Env) -> String {
+    let name = "INVENTORY_PRODUCTS_CACHE_CONTROL";
+    let value = env.optional(name).unwrap_or_else(|| "no-cache".to_owned());
+    if !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        env.error(&format!("{name} must be a value of the header Cache-Control"));
+    }
+    value
 }

@@ -7,7 +7,7 @@ module Machines
   Machine = Struct.new(:name, :ip, :memory_mb, :services, :settings)
 
   # What every service reads, what a client of the broker reads, and what the broker's machine needs besides.
-  COMMON = "(AUTH|HTTP|LOG)_.*"
+  COMMON = "(AUTH|HTTP|LOG|STORE)_.*"
   BROKER = "RABBITMQ_(HOST|PORT|VHOST|QUEUE|HEARTBEAT_S)"
   BROKER_SERVER = "RABBITMQ_(MANAGEMENT_PORT|ADMIN_USER|ADMIN_PASSWORD)"
 

@@ -41,7 +41,11 @@ fn machines() -> Vec<(&'static str, u8)> {
 }
 
 /// The servers, by the variables `_HOST` and `_PORT` that say where they are.
-const SERVERS: [&str; 3] = ["RABBITMQ", "INVENTORY_DB", "BILLING_DB"];
+fn servers() -> Vec<String> {
+    let with_database = services().iter().filter(|row| row.database.is_some());
+    let databases = with_database.map(|row| format!("{}_DB", row.prefix()));
+    databases.chain(["RABBITMQ".to_owned()]).collect()
+}
 
 /// Cuts every link, and then whole machines, for longer than any timeout of a connection.
 fn partitions(run: &mut Run<'_>) -> Outcome {
@@ -118,7 +122,7 @@ fn partitions(run: &mut Run<'_>) -> Outcome {
 /// A platform on machines of its own; its fields are dropped in this order.
 struct NetnsLab {
     platform: Platform,
-    servers: BTreeMap<&'static str, TcpProxy>,
+    servers: BTreeMap<String, TcpProxy>,
     network: Network,
 }
 
@@ -127,7 +131,7 @@ impl NetnsLab {
     /// on the network.
     fn start(platform: &Platform) -> NetnsLab {
         let network = Network::start();
-        let servers: BTreeMap<_, _> = SERVERS
+        let servers: BTreeMap<_, _> = servers()
             .into_iter()
             .map(|name| {
                 let [host, port] = ["HOST", "PORT"].map(|part| test_var(&format!("{name}_{part}")));

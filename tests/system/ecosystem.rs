@@ -24,7 +24,7 @@ fn may_have(row: &ServiceRow, name: &str) -> bool {
         ["HOST", "PORT", "INTERNAL_PORT"].iter().any(|part| name == format!("{prefix}_{part}"))
     });
     let of_the_owner = name.contains("_DB_OWNER");
-    let shared = ["AUTH_", "HTTP_", "LOG_"].iter().any(|prefix| name.starts_with(prefix));
+    let shared = ["AUTH_", "HTTP_", "LOG_", "STORE_"].iter().any(|prefix| name.starts_with(prefix));
     !of_the_owner
         && (name.starts_with(&own)
             || shared

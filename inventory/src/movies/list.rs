@@ -13,7 +13,8 @@ use chassis::db::Pool;
 use percent_encoding::percent_decode_str;
 use rouille::{Response, ResponseBody};
 
-use super::store::{self, PageQuery, Statements};
+use super::store::{self, PageQuery};
+use crate::{Db, Statements};
 
 /// Most movies in one page from the database.
 const PAGE_ROWS: i64 = 500;
@@ -163,7 +164,7 @@ impl MovieStream {
             title: self.query.title.as_deref(),
         };
         let separator = self.separator;
-        let ask = |db: &mut store::Db| Ok(render(separator, &store::page(db, &page_query)?));
+        let ask = |db: &mut Db| Ok(render(separator, &store::page(db, &page_query)?));
         // Queries of short requests overtake the later pages of long lists.
         let is_later_page = separator == b',';
         let page = if is_later_page { self.db.read_background(ask) } else { self.db.read(ask) }?;

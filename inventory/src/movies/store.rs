@@ -5,22 +5,17 @@
 //! after a restore into a new cluster. So an entity tag also names the database: a tag from another one
 //! never matches.
 
-use chassis::db::{Connection, instance_id, renew_deadline};
+use chassis::db::{like_pattern, renew_deadline};
 use chassis::etag::Precondition;
 use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
 use postgres::{Client, Error, Row, Statement};
 
 use super::movie::{Movie, MovieUpdate, NewMovie};
+use crate::Db;
 
-/// A pooled connection to the catalogue's database.
-pub type Db = Connection<Statements>;
-
-/// The statements that each connection prepares once: then a query is one round trip, and its plan
-/// is ready.
+/// The prepared statements of the movies.
 pub struct Statements {
-    /// Names the database in entity tags.
-    instance: String,
     select: Statement,
     insert: Statement,
     advance_ids: Statement,
@@ -31,10 +26,9 @@ pub struct Statements {
 }
 
 impl Statements {
-    /// For [`chassis::db::Pool::new`].
+    /// Prepares them on a connection.
     pub fn prepare(client: &mut Client) -> Result<Statements, Error> {
         Ok(Statements {
-            instance: instance_id(client)?,
             select: client.prepare(SELECT)?,
             insert: client.prepare(INSERT)?,
             advance_ids: client.prepare("select advance_movie_ids()")?,
@@ -66,11 +60,6 @@ pub enum WriteOutcome<T> {
     NotFound,
 }
 
-/// The readiness check. A server that is read-only serves most requests, so it passes.
-pub fn check_readiness(client: &mut Client) -> Result<Result<(), String>, Error> {
-    client.batch_execute("select from movies limit 0").map(Ok)
-}
-
 const SELECT: &str = "
     select id, title, description, xmin::text as version
     from movies
@@ -78,7 +67,7 @@ const SELECT: &str = "
 
 /// The movie with this id.
 pub fn select(db: &mut Db, id: i64) -> Result<Option<Versioned>, Error> {
-    let row = db.client.query_opt(&db.statements.select, &[&id])?;
+    let row = db.client.query_opt(&db.statements.movies.select, &[&id])?;
     row.as_ref().map(|row| versioned(db, row)).transpose()
 }
 
@@ -96,7 +85,7 @@ const MAX_INSERT_ATTEMPTS: u32 = 3;
 pub fn insert(db: &mut Db, new: &NewMovie) -> Result<Option<Versioned>, Error> {
     let mut attempts = 1;
     loop {
-        match db.client.query_one(&db.statements.insert, &[&new.title, &new.description]) {
+        match db.client.query_one(&db.statements.movies.insert, &[&new.title, &new.description]) {
             Ok(row) => return versioned(db, &row).map(Some),
             Err(err) if err.code() == Some(&SqlState::SEQUENCE_GENERATOR_LIMIT_EXCEEDED) => {
                 return Ok(None);
@@ -107,7 +96,7 @@ pub fn insert(db: &mut Db, new: &NewMovie) -> Result<Option<Versioned>, Error> {
                     && attempts < MAX_INSERT_ATTEMPTS =>
             {
                 renew_deadline();
-                db.client.execute(&db.statements.advance_ids, &[])?;
+                db.client.execute(&db.statements.movies.advance_ids, &[])?;
                 renew_deadline();
                 attempts += 1;
             }
@@ -143,7 +132,7 @@ pub fn update(
         precondition.of_instance(&db.statements.instance);
     let parameters: [&(dyn ToSql + Sync); 5] =
         [&id, &update.title, &update.description, &if_match, &if_none_match];
-    let row = db.client.query_one(&db.statements.update, &parameters)?;
+    let row = db.client.query_one(&db.statements.movies.update, &parameters)?;
     match row.try_get::<_, Option<i64>>("id")? {
         Some(_) => Ok(WriteOutcome::Done(versioned(db, &row)?)),
         None => why_not(&row, precondition),
@@ -170,7 +159,8 @@ pub fn delete(
 ) -> Result<WriteOutcome<()>, Error> {
     let Precondition { if_match, if_none_match } =
         precondition.of_instance(&db.statements.instance);
-    let row = db.client.query_one(&db.statements.delete, &[&id, &if_match, &if_none_match])?;
+    let row =
+        db.client.query_one(&db.statements.movies.delete, &[&id, &if_match, &if_none_match])?;
     match row.try_get("done")? {
         true => Ok(WriteOutcome::Done(())),
         false => why_not(&row, precondition),
@@ -190,7 +180,7 @@ fn why_not<T>(row: &Row, precondition: &Precondition) -> Result<WriteOutcome<T>,
 
 /// Deletes every movie, starts the ids again at 1, and tells how many there were.
 pub fn delete_all(db: &mut Db) -> Result<i64, Error> {
-    db.client.query_one(&db.statements.delete_all, &[])?.try_get(0)
+    db.client.query_one(&db.statements.movies.delete_all, &[])?.try_get(0)
 }
 
 /// A page of the list, in the order of ids.
@@ -257,7 +247,7 @@ const PAGE_BY_TITLE: &str = page!("and search_key(title) like search_key($5)");
 pub fn page(db: &mut Db, query: &PageQuery) -> Result<Page, Error> {
     let PageQuery { after, until, rows, bytes, title } = query;
     let rows = match title {
-        None => db.client.query(&db.statements.page, &[after, until, rows, bytes])?,
+        None => db.client.query(&db.statements.movies.page, &[after, until, rows, bytes])?,
         // Not prepared: whether the trigram index or a walk along the ids is faster depends on how
         // frequent the text is, so the planner must see it. It costs the server a plan each time,
         // but no further round trip.
@@ -306,20 +296,6 @@ pub fn ids(db: &mut Db, after: i64, rows: i64, title: Option<&str>) -> Result<Ve
         }
     };
     rows.iter().map(|row| row.try_get("id")).collect()
-}
-
-/// The pattern of `like` for a text that contains `part`, whose characters are all ordinary.
-fn like_pattern(part: &str) -> String {
-    let mut pattern = String::with_capacity(part.len() + 2);
-    pattern.push('%');
-    for char in part.chars() {
-        if matches!(char, '%' | '_' | '\\') {
-            pattern.push('\\');
-        }
-        pattern.push(char);
-    }
-    pattern.push('%');
-    pattern
 }
 
 fn versioned(db: &Db, row: &Row) -> Result<Versioned, Error> {

@@ -1,83 +1,23 @@
-//! The service from outside: its real routes on a real PostgreSQL.
+//! Movies.
 
 use std::fmt::Write as _;
-use std::io::Read;
+use std::io::Read as _;
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use chassis::db;
 use chassis::testing::{TestDb, eventually, test_var};
-use chassis::{Env, db, router};
 use inventory::App;
-use inventory::routes::ROUTES;
 use postgres::{Client, NoTls};
-use rouille::{Request, Response};
 use serde_json::{Value, json};
+
+use crate::{Reply, Store, app, ask, config, respond};
 
 /// A catalogue of this test's own, empty, and the service in front of it.
 fn inventory() -> (App, TestDb) {
     let db = TestDb::new(&test_var("INVENTORY_DB_NAME"));
-    (App::new(config(&db.name)).unwrap(), db)
-}
-
-/// As the service has it, but for the database's name.
-fn config(database: &str) -> db::Config {
-    let database = database.to_owned();
-    let mut env = Env::from_fn(move |name| match name {
-        "INVENTORY_DB_NAME" => Some(database.clone()),
-        name => Some(test_var(name)).filter(|_| name.starts_with("INVENTORY_DB_")),
-    });
-    let config = db::Config::from_env(&mut env, "INVENTORY");
-    env.finish(config).unwrap()
-}
-
-struct Reply {
-    status: u16,
-    headers: Vec<(String, String)>,
-    body: String,
-}
-
-impl Reply {
-    fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
-        found.map(|(_, value)| value.as_str())
-    }
-
-    fn etag(&self) -> &str {
-        self.header("ETag").unwrap()
-    }
-
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|err| panic!("{err}: {}", self.body))
-    }
-
-    fn ids(&self) -> Vec<i64> {
-        let movies = self.json();
-        movies.as_array().unwrap().iter().map(|movie| movie["id"].as_i64().unwrap()).collect()
-    }
-
-    /// The path in `Link`, if there is a next page.
-    fn next(&self) -> Option<String> {
-        let link = self.header("Link")?;
-        let path = link.strip_prefix('<').and_then(|link| link.strip_suffix(">; rel=\"next\""));
-        Some(path.unwrap_or_else(|| panic!("{link}")).to_owned())
-    }
-}
-
-fn respond(app: &App, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
-    let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-    let request = Request::fake_http(method, path, headers.collect(), body.as_bytes().to_vec());
-    let answer = router::dispatch(ROUTES, app, &request);
-    answer.result.unwrap_or_else(|problem| problem.into_response("test"))
-}
-
-fn ask(app: &App, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
-    let response = respond(app, method, path, headers, body);
-    let mut body = String::new();
-    response.data.into_reader_and_size().0.read_to_string(&mut body).unwrap();
-    let headers = response.headers.into_iter();
-    let headers = headers.map(|(name, value)| (name.into_owned(), value.into_owned())).collect();
-    Reply { status: response.status_code, headers, body }
+    (app(config(&db.name)), db)
 }
 
 fn get(app: &App, path: &str) -> Reply {
@@ -693,7 +633,7 @@ fn a_link_is_there_just_when_there_is_more() {
 fn a_long_list_holds_no_connection_while_the_client_reads() {
     let (_, db) = inventory();
     fill(&db, 5000);
-    let app = App::new(db::Config { pool_size: 1, ..config(&db.name) }).unwrap();
+    let app = app(db::Config { pool_size: 1, ..config(&db.name) });
     let (mut reader, size) =
         respond(&app, "GET", "/api/movies", &[], "").data.into_reader_and_size();
     assert_eq!(size, None);
@@ -756,7 +696,7 @@ fn a_list_waits_its_turn_when_all_connections_are_in_use() {
     let (_, db) = inventory();
     fill(&db, 1000);
     let pool_timeout = Duration::from_millis(500);
-    let app = App::new(db::Config { pool_size: 1, pool_timeout, ..config(&db.name) }).unwrap();
+    let app = app(db::Config { pool_size: 1, pool_timeout, ..config(&db.name) });
     let (mut reader, _) = respond(&app, "GET", "/api/movies", &[], "").data.into_reader_and_size();
     let mut lock = db.superuser();
     let mut lock = lock.transaction().unwrap();
@@ -885,7 +825,7 @@ fn after_an_import_of_the_greatest_possible_id_a_new_movie_is_a_409_that_says_so
 #[test]
 fn a_database_that_is_away_is_a_503_within_about_a_second() {
     let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
-    let app = App::new(db::Config { address: nowhere, ..config("none") }).unwrap();
+    let app = app(db::Config { address: nowhere, ..config("none") });
     for (method, path) in [
         ("GET", "/api/movies"),
         ("GET", "/api/movies/1"),
@@ -911,15 +851,17 @@ fn a_database_that_is_away_is_a_503_within_about_a_second() {
 
 #[test]
 fn readiness_follows_the_database() {
-    let (app, db) = inventory();
+    let Store { app, db, .. } = &Store::new();
     let mut admin = db.superuser();
-    let ready = get(&app, "/health/ready");
-    assert_eq!((ready.status, &ready.json()["checks"][0]["name"]), (200, &json!("postgresql")));
-    shut(&mut admin, &db);
-    eventually("not ready", 5, || (get(&app, "/health/ready").status == 503).then_some(()));
+    let ready = get(app, "/health/ready");
+    let checks = ready.json()["checks"].clone();
+    assert_eq!((ready.status, &checks[0]["name"]), (200, &json!("postgresql")));
+    assert_eq!(checks[1]["name"], "revocations");
+    shut(&mut admin, db);
+    eventually("not ready", 5, || (get(app, "/health/ready").status == 503).then_some(()));
     admin.batch_execute(&format!("grant connect on database {} to public", db.name)).unwrap();
-    eventually("ready again", 10, || (get(&app, "/health/ready").status == 200).then_some(()));
-    assert_eq!(get(&app, "/api/movies").status, 200);
+    eventually("ready again", 10, || (get(app, "/health/ready").status == 200).then_some(()));
+    assert_eq!(get(app, "/api/movies").status, 200);
 }
 
 #[test]
@@ -944,7 +886,7 @@ fn a_question_is_asked_again_and_a_change_is_never_made_twice_when_connections_e
 fn a_statement_that_takes_too_long_is_a_503() {
     let (_, db) = inventory();
     let statement_timeout = Duration::from_millis(200);
-    let app = App::new(db::Config { statement_timeout, ..config(&db.name) }).unwrap();
+    let app = app(db::Config { statement_timeout, ..config(&db.name) });
     assert_eq!(get(&app, "/api/movies").status, 200);
     let mut admin = db.superuser();
     let mut lock = admin.transaction().unwrap();
