@@ -5,7 +5,7 @@ use std::fmt;
 
 use rouille::Response;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// A refusal or a failure. The client gets the detail; the cause goes only to the log.
 #[derive(Debug)]
@@ -14,7 +14,8 @@ pub struct Problem {
     title: &'static str,
     detail: String,
     fields: Vec<(String, String)>,
-    members: serde_json::Map<String, Value>,
+    // Boxed, because it is rarely there and every result has room for a problem.
+    members: Option<Box<Map<String, Value>>>,
     headers: Vec<(&'static str, String)>,
     cause: Option<Box<dyn Error + Send + Sync>>,
 }
@@ -27,7 +28,7 @@ impl Problem {
             title: reason_phrase(status),
             detail: detail.into(),
             fields: Vec::new(),
-            members: serde_json::Map::new(),
+            members: None,
             headers: Vec::new(),
             cause: None,
         }
@@ -80,7 +81,7 @@ impl Problem {
     pub fn with_member(mut self, name: &str, value: impl Serialize) -> Problem {
         // It fails only for a map whose keys are no strings.
         let value = serde_json::to_value(value).unwrap_or_default();
-        self.members.insert(name.to_owned(), value);
+        self.members.get_or_insert_default().insert(name.to_owned(), value);
         self
     }
 
@@ -106,7 +107,7 @@ impl Problem {
             error: &self.detail,
             request_id,
             errors: self.fields.iter().map(|(field, rule)| FieldError { field, rule }).collect(),
-            members: &self.members,
+            members: self.members.as_deref(),
         };
         let mut response = Response::json(&document)
             .with_status_code(self.status)
@@ -131,7 +132,7 @@ struct Document<'p> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     errors: Vec<FieldError<'p>>,
     #[serde(flatten)]
-    members: &'p serde_json::Map<String, Value>,
+    members: Option<&'p Map<String, Value>>,
 }
 
 #[derive(Serialize)]

@@ -57,14 +57,15 @@ pub fn single_header<'r>(request: &'r Request, name: &str) -> Result<Option<&'r 
     }
 }
 
-/// The key of the header `Idempotency-Key` (IETF draft-ietf-httpapi-idempotency-key-header), quoted as
-/// the draft has it or bare: 1 to 255 printable ASCII characters, else 400.
+/// The key of the header `Idempotency-Key`, if there is one.
 pub fn idempotency_key(request: &Request) -> Result<Option<String>, Problem> {
     let header = single_header(request, "Idempotency-Key")?;
     header.map(parse_idempotency_key).transpose()
 }
 
-fn parse_idempotency_key(header: &str) -> Result<String, Problem> {
+/// The key in a value of `Idempotency-Key` (IETF draft-ietf-httpapi-idempotency-key-header), quoted as the
+/// draft has it or bare: 1 to 255 printable ASCII characters, else 400.
+pub fn parse_idempotency_key(header: &str) -> Result<String, Problem> {
     let inner = header.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
     let key = inner.unwrap_or(header);
     let printable = key.bytes().all(|byte| (b' '..=b'~').contains(&byte));

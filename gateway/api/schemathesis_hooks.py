@@ -10,20 +10,21 @@ bodies = {}
 
 @schemathesis.hook
 def map_body(context, body):
-    """Writes whole numbers of items in digits.
+    """Writes whole numbers in digits.
 
-    For JSON Schema 99.0 is an integer like 99; the gateway and billing take 99 only.
+    For JSON Schema 99.0 is an integer like 99; the services take 99 only.
     """
     if isinstance(body, dict):
-        items = body.get("number_of_items")
-        if isinstance(items, float) and items.is_integer():
-            return {**body, "number_of_items": int(items)}
+        for name in ("number_of_items", "on_hand", "change"):
+            number = body.get(name)
+            if isinstance(number, float) and number.is_integer():
+                body = {**body, name: int(number)}
     return body
 
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    """Gives each order its own Idempotency-Key; a key with another body is 422, as it should be."""
+    """Gives each body its own Idempotency-Key; a key with another body is 422, as it should be."""
     key = (case.headers or {}).get("Idempotency-Key")
     body = repr(case.body)
     # A key means the same with and without quotes.

@@ -47,7 +47,9 @@ impl Config {
 fn currency(env: &mut Env) -> String {
     let name = "STORE_CURRENCY";
     let code = env.required(name);
-    if !code.is_empty() && !(code.len() == 3 && code.bytes().all(|it| it.is_ascii_uppercase())) {
+    let is_code = code.len() == 3 && code.bytes().all(|byte| byte.is_ascii_uppercase());
+    // An empty one is reported as missing.
+    if !is_code && !code.is_empty() {
         env.error(&format!("{name} must be a code of three capital letters (ISO 4217)"));
     }
     code

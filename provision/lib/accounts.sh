@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Accounts on the local stack: an administrator, and accounts to try the store with.
+# Accounts on the local stack.
 # Sourced by provision/local; needs $MATINEE_BIN_DIR.
 
 # An account that is there is promoted and gets the password.
@@ -8,32 +8,6 @@ admin() { # e-mail address
   [[ ! -t 0 ]] || echo "the password of $1, 8 to 128 characters:"
   "$MATINEE_BIN_DIR/customers" users create --admin "$1"
   show_login "$1" PASSWORD
-}
-
-# Two administrators and two customers; those that are there stay.
-demo() {
-  local email service host
-  for service in $(services); do
-    for host in "$(setting "$service" HOST)" "$(setting "$service" DB_HOST)"; do
-      case $host in
-        '' | 127.* | localhost | ::1 | 0.0.0.0 | ::) ;;
-        *) die "$service is at $host: accounts whose passwords are in .env are for this machine only" ;;
-      esac
-    done
-  done
-  require DEMO_ADMINS DEMO_CUSTOMERS DEMO_PASSWORD
-  require_customers
-  for email in ${DEMO_ADMINS//,/ }; do
-    "$MATINEE_BIN_DIR/customers" users create --admin "$email" <<<"$DEMO_PASSWORD"
-  done
-  for email in ${DEMO_CUSTOMERS//,/ }; do
-    if [[ -n $("$MATINEE_BIN_DIR/customers" users list "$email") ]]; then
-      echo "there already: $email"
-    else
-      "$MATINEE_BIN_DIR/customers" users create "$email" <<<"$DEMO_PASSWORD"
-    fi
-  done
-  show_login "${DEMO_ADMINS%%,*}" "$DEMO_PASSWORD"
 }
 
 require_customers() {

@@ -28,11 +28,15 @@ WRK = """
 local threads, requests, next = 0, {}, 0
 function setup(thread) threads = threads + 1; thread:set("seed", threads) end
 function init(args)
-  local kind, rows, json = args[1], tonumber(args[2]), { ["Content-Type"] = "application/json" }
-  math.randomseed(seed)
+  local kind, rows = args[1], tonumber(args[2])
+  holds, json = kind == "hold", { ["Content-Type"] = "application/json" }
+  math.randomseed(os.time() * 100 + seed)
   for i = 1, 4096 do
     local n = math.random(rows)
     if kind == "movie" then requests[i] = wrk.format("GET", "/api/movies/" .. n)
+    elseif kind == "product" then requests[i] = wrk.format("GET", "/api/v1/products/p" .. n)
+    elseif kind == "search" then requests[i] = wrk.format("GET", "/api/v1/products?search=number%20" .. n .. "%20")
+    elseif kind == "hold" then requests[i] = '{"hold_seconds":3600,"lines":[{"sku":"p' .. n .. '","quantity":1}]}'
     elseif kind == "get" then requests[i] = wrk.format("GET", args[3], args[4] and { Authorization = "Bearer " .. args[4] })
     elseif kind == "login" then requests[i] = wrk.format("POST", "/api/v1/auth/login", json, args[3])
     elseif kind == "add" then requests[i] = wrk.format("POST", "/api/movies", json,
@@ -41,7 +45,14 @@ function init(args)
       '{"user_id":"' .. n .. '","number_of_items":"5","total_amount":"180"}') end
   end
 end
-function request() next = next % 4096 + 1; return requests[next] end
+function request()
+  next = next + 1
+  local made = requests[next % 4096 + 1]
+  if not holds then return made end
+  -- Each order once, in this run and in others.
+  local order = string.format("%08x-%04x-7000-8000-%012x", math.random(0, 0x7fffffff), seed, next)
+  return wrk.format("PUT", "/internal/reservations/" .. order, json, made)
+end
 function done(summary, latency)
   local e = summary.errors
   io.write(string.format('\\n{"requests":%d,"seconds":%f,"errors":%d,"p50":%f,"p99":%f}\\n',
@@ -53,6 +64,34 @@ end
 SELECT = "\\set id random(1, {rows})\nselect id, title, description, xmin::text as version\nfrom movies\nwhere id = :id;\n"
 INSERT = ("\\set n random(1, {rows})\ninsert into movies (title, description)\n"
           "values ('Movie ' || :n::text, :text::text)\nreturning id, title, description, xmin::text as version;\n")
+# The statements of a hold of reservations/store.rs, one order of one line.
+HOLD = """\\set n random(1, {rows})
+begin;
+insert into reservations (order_id, state, expires_at)
+select order_id, 'held', now() + make_interval(secs => seconds)
+from unnest(array[gen_random_uuid()], array[3600::float8]) as claims (order_id, seconds)
+order by order_id
+on conflict (order_id) do nothing
+returning order_id as id \\gset
+select sku, on_hand - reserved as available, name, price::text, retired_at is not null as retired
+from stock join products using (sku)
+where sku = any(array['p' || :n::text])
+order by sku
+for no key update of stock;
+with taken as (
+    update stock
+    set reserved = reserved + wanted.quantity, updated_at = now()
+    from unnest(array['p' || :n::text], array[1]) as wanted (sku, quantity)
+    where stock.sku = wanted.sku
+)
+insert into reservation_lines (order_id, position, sku, quantity, name, unit_price)
+select order_id, position, sku, quantity, name, price::numeric
+from unnest(array[:id::uuid], array[0], array['p' || :n::text], array[1], array['a name'], array['9.99'])
+    as lines (order_id, position, sku, quantity, name, price)
+on conflict (order_id, sku) do update
+set name = excluded.name, unit_price = excluded.unit_price;
+commit;
+"""
 TEXT = "A film of which this text says so much that an answer has some three hundred bytes."
 
 
@@ -140,7 +179,7 @@ class Stack:
                 "PostgreSQL": int((self.servers / "postgres/data/postmaster.pid").read_text().split()[0]),
                 "RabbitMQ": int((self.servers / "rabbitmq/pid").read_text()),
             }
-            self.start("inventory", "customers", "gateway")
+            self.start("customers", "inventory", "gateway")
         except BaseException:
             self.__exit__()
             raise
@@ -154,7 +193,10 @@ class Stack:
         remove(self.directory, self.env)
 
     def port(self, service):
-        return self.nginx_port if service == "nginx" else int(self.env[f"{service.upper()}_PORT"])
+        if service == "nginx":
+            return self.nginx_port
+        # "inventory internal" is its listener for other services.
+        return int(self.env[f"{service.upper().replace(' ', '_')}_PORT"])
 
     def start(self, *services, **env):
         """Starts them as PM2 would, and waits until each is ready; returns the seconds of each."""
@@ -237,6 +279,14 @@ class Stack:
         self.sql("INVENTORY", "truncate movies restart identity;" + "".join(f"drop index {name};" for name, _ in indexes)
                  + f"insert into movies (title, description) select 'Movie ' || n, '{TEXT}' from generate_series(1, {rows}) n;"
                  + "".join(f"{definition};" for _, definition in indexes) + "vacuum analyze movies; checkpoint;")
+
+    def fill_products(self, rows):
+        """So many products, each with plenty in stock, and no reservation."""
+        self.sql("INVENTORY", "truncate reservation_lines, reservations, stock_adjustments, stock, products;"
+                 "insert into products (sku, name, description, price)"
+                 f" select 'p' || n, 'Product number ' || n || ' of many', '{TEXT}', 9.99 from generate_series(1, {rows}) n;"
+                 "insert into stock (sku, on_hand) select sku, 1000000000 from products;")
+        self.sql("INVENTORY", "vacuum analyze products; vacuum analyze stock; checkpoint;")
 
     def queue(self, method, path=""):
         """Asks RabbitMQ's management for the queue of orders."""

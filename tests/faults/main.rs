@@ -24,6 +24,7 @@ mod poison;
 mod retry;
 mod slow_clients;
 mod soak;
+mod stock;
 mod upstream;
 
 use std::collections::hash_map::DefaultHasher;
@@ -53,6 +54,7 @@ const CASES: &[&[Case]] = &[
     operations::CASES,
     poison::CASES,
     customers::CASES,
+    stock::CASES,
 ];
 
 const USAGE: &str = "\

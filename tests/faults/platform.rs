@@ -382,7 +382,7 @@ struct State {
 }
 
 impl Supervisor {
-    fn start(stack: &Stack, name: &'static str) -> Supervisor {
+    pub(crate) fn start(stack: &Stack, name: &'static str) -> Supervisor {
         let service = launch(stack, name, Program::Real);
         let (stack, program) = (stack.clone(), Program::Real);
         let state = State { stack, program, service, killed: false, unexpected_exits: 0 };

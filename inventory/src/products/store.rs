@@ -166,7 +166,8 @@ macro_rules! page {
 }
 
 const PAGE: &str = page!("");
-const PAGE_BY_TEXT: &str = page!("and search_text like search_key($4)");
+/// A page of a search, as the planner sees it: its parameters are those of [`page`], the pattern last.
+pub const PAGE_BY_TEXT: &str = page!("and search_text like search_key($4)");
 
 const OFFERS: &str = "
     select sku, name, price::text, on_hand - reserved as available,

@@ -1,5 +1,9 @@
 //! Products.
 
+use chassis::testing::{TestDb, connect_as_service, test_var};
+use inventory::products::store::PAGE_BY_TEXT;
+use postgres::error::SqlState;
+use postgres::types::Type;
 use serde_json::{Value, json};
 
 use crate::Store;
@@ -268,5 +272,63 @@ fn a_cache_may_keep_products_as_the_setting_says() {
     store.product("a", "1.00", 5);
     for path in ["/api/v1/products", "/api/v1/products/a"] {
         assert_eq!(store.get(path).header("Cache-Control"), Some("public, max-age=60"), "{path}");
+    }
+}
+
+#[test]
+fn a_search_among_20_000_products_uses_the_trigram_index() {
+    let db = TestDb::new(&test_var("INVENTORY_DB_NAME"));
+    let fill = "insert into products (sku, name, price)
+        select 'p' || n, 'Product number ' || n, 1 from generate_series(1, 20000) as n;
+        insert into stock (sku) select sku from products;
+        analyze products; analyze stock";
+    db.superuser().batch_execute(fill).unwrap();
+    // As the service: the function is inlined only for a role that may execute it.
+    let plan = connect_as_service("INVENTORY", &db.name)
+        .query_typed(
+            &format!("explain {PAGE_BY_TEXT}"),
+            &[
+                (&"", Type::TEXT),
+                (&None::<bool>, Type::BOOL),
+                (&20i64, Type::INT8),
+                (&"%NUMBER 777%", Type::TEXT),
+            ],
+        )
+        .unwrap();
+    let plan: Vec<&str> = plan.iter().map(|row| row.get(0)).collect();
+    assert!(plan.iter().any(|line| line.contains("products_search")), "{plan:#?}");
+}
+
+#[test]
+fn the_service_may_do_what_it_does_and_the_schema_refuses_the_rest() {
+    let store = Store::new();
+    store.product("a", "1.00", 5);
+    let mut service = connect_as_service("INVENTORY", &store.db.name);
+    for statement in [
+        "delete from products",
+        "delete from stock",
+        "truncate stock",
+        "update stock_adjustments set reason = 'x'",
+        "delete from stock_adjustments",
+        "delete from reservation_lines",
+        "alter table stock drop constraint stock_not_oversold",
+    ] {
+        let refused = service.batch_execute(statement).unwrap_err();
+        assert_eq!(refused.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");
+    }
+    let mut admin = store.superuser();
+    for statement in [
+        "update stock set reserved = 6",
+        "update stock set reserved = -1",
+        "update stock set on_hand = -1",
+        "update stock set on_hand = 1000000001",
+        "insert into reservations (order_id, state) values (gen_random_uuid(), 'held')",
+        "insert into reservations (order_id, state) values (gen_random_uuid(), 'lost')",
+        "insert into products (sku, name, price) values ('a b', 'x', 1)",
+        "insert into products (sku, name, price) values ('..', 'x', 1)",
+        "insert into products (sku, name, price) values ('b', 'x', -0.01)",
+    ] {
+        let refused = admin.batch_execute(statement).unwrap_err();
+        assert_eq!(refused.code(), Some(&SqlState::CHECK_VIOLATION), "{statement}");
     }
 }

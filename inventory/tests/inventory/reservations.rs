@@ -308,7 +308,7 @@ fn of_1000_orders_at_once_for_100_pieces_exactly_100_are_held() {
                 scope.spawn(move || {
                     let app = if client % 2 == 0 { &store.app } else { second };
                     let hold = |number: usize| {
-                        let wanted: &[(&str, i64)] = if number % 2 == 0 {
+                        let wanted: &[(&str, i64)] = if number.is_multiple_of(2) {
                             &[("a", 1), ("b", 1)]
                         } else {
                             &[("b", 2), ("a", 1)]

@@ -16,7 +16,7 @@ pub fn check(input: &[u8]) {
         // A panic in `read` ends the fuzzer by itself.
         Err(reason) => assert!(!reason.is_empty()),
     }
-    let key = gateway::billing::order::idempotency_key(&line);
+    let key = chassis::request::parse_idempotency_key(&line);
     let order =
         str::from_utf8(body).ok().and_then(|text| gateway::billing::order::Order::parse(text).ok());
     let Some(order) = order else { return };
