@@ -7,7 +7,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use chassis::testing::{SetOnDrop, eventually, test_var};
-use harness::services::service;
 use harness::{agent, send};
 use parking_lot::Mutex;
 use postgres::Client;
@@ -52,7 +51,7 @@ fn add_product(admin: &mut Client, sku: &str, on_hand: i32) {
 
 /// The internal API of an instance of inventory.
 fn internal_api(address: SocketAddr) -> String {
-    format!("http://{}:{}", address.ip(), service("inventory").port("INTERNAL_PORT"))
+    format!("http://{}:{}", address.ip(), test_var("INVENTORY_INTERNAL_PORT"))
 }
 
 /// Asks to hold one piece of each of these until there is an answer that is no 5xx; whether it is held.
@@ -87,7 +86,8 @@ fn hold(
 fn oversold(run: &mut Run<'_>) -> Outcome {
     let mut outcome = Outcome::new(format!("{CLIENTS} clients, {ORDERS} orders a product"));
     let platform = &*run.platform;
-    let second_stack = platform.stack.on_another_address();
+    let mut second_stack = platform.stack.on_another_address();
+    second_stack.set("CUSTOMERS_HOST", platform.stack.socket_address("customers").ip());
     let second = Supervisor::start(&second_stack, "inventory");
     second_stack.wait_until_ready("inventory", 60);
     let instances = [&platform.stack, &second_stack]
@@ -97,7 +97,7 @@ fn oversold(run: &mut Run<'_>) -> Outcome {
         let drop = "alter table stock drop constraint stock_not_oversold";
         platform.connect("INVENTORY_DB_NAME").batch_execute(drop).unwrap();
     }
-    let (rounds, kills_database) = (run.short_or_long(3, 20), !run.control);
+    let (rounds, kills_database) = (run.short_or_long(5, 40), !run.control);
     for round in 0..rounds {
         let sku = format!("{}-{round}", run.tag);
         add_product(&mut platform.connect("INVENTORY_DB_NAME"), &sku, PIECES);
@@ -130,19 +130,18 @@ fn oversold(run: &mut Run<'_>) -> Outcome {
                     })
                 })
                 .collect();
-            // Faults as long as clients ask.
+            // Faults as long as clients ask. The pieces are gone after some 50 ms.
             while kills_database && clients.iter().any(|client| !client.is_finished()) {
-                platform.service("inventory").kill();
-                thread::park_timeout(Duration::from_millis(random.u64(10..60)));
-                second.kill();
-                thread::park_timeout(Duration::from_millis(random.u64(10..60)));
-                outcome.faults += 2;
-                if random.u8(0..3) == 0 {
+                for instance in [platform.service("inventory"), &second] {
+                    thread::park_timeout(Duration::from_millis(random.u64(0..20)));
+                    instance.kill();
+                    outcome.faults += 1;
+                }
+                if random.bool() {
                     platform.servers("kill", &["postgres"]);
                     platform.servers("start", &[]);
                     outcome.faults += 1;
                 }
-                second_stack.wait_until_ready("inventory", 60);
             }
             for client in clients {
                 client.join().unwrap();
