@@ -35,7 +35,10 @@ function init(args)
     local n = math.random(rows)
     if kind == "movie" then requests[i] = wrk.format("GET", "/api/movies/" .. n)
     elseif kind == "product" then requests[i] = wrk.format("GET", "/api/v1/products/p" .. n)
-    elseif kind == "search" then requests[i] = wrk.format("GET", "/api/v1/products?search=number%20" .. n .. "%20")
+    elseif kind == "search" then
+      local words = {}
+      for word in args[3]:gmatch("%S+") do words[#words + 1] = word end
+      requests[i] = wrk.format("GET", "/api/v1/products?search=" .. words[math.random(#words)] .. "%20" .. words[math.random(#words)])
     elseif kind == "hold" then requests[i] = '{"hold_seconds":3600,"lines":[{"sku":"p' .. n .. '","quantity":1}]}'
     elseif kind == "get" then requests[i] = wrk.format("GET", args[3], args[4] and { Authorization = "Bearer " .. args[4] })
     elseif kind == "login" then requests[i] = wrk.format("POST", "/api/v1/auth/login", json, args[3])
@@ -92,6 +95,10 @@ on conflict (order_id, sku) do update
 set name = excluded.name, unit_price = excluded.unit_price;
 commit;
 """
+WORDS = ("amber anchor arrow autumn beacon bridge canyon carnival castle cedar circle clockwork copper crimson crystal desert "
+         "dragon eagle echo ember falcon feather forest fortune garden ghost glacier golden harbor hollow island ivory jungle "
+         "lantern lemon lighthouse lunar marble meadow midnight mirror monsoon moon mountain needle northern ocean orchid "
+         "paper phantom pilot planet prairie raven river rocket scarlet shadow silent silver thunder velvet winter zephyr")
 TEXT = "A film of which this text says so much that an answer has some three hundred bytes."
 
 
@@ -281,10 +288,13 @@ class Stack:
                  + "".join(f"{definition};" for _, definition in indexes) + "vacuum analyze movies; checkpoint;")
 
     def fill_products(self, rows):
-        """So many products, each with plenty in stock, and no reservation."""
+        """So many products with names of three words, each with plenty in stock, and no reservation."""
+        words = f"string_to_array('{WORDS}', ' ')"
+        count = len(WORDS.split())
+        word = lambda divisor: f"({words})[1 + (n / {divisor} + n * 7919) % {count}]"
         self.sql("INVENTORY", "truncate reservation_lines, reservations, stock_adjustments, stock, products;"
                  "insert into products (sku, name, description, price)"
-                 f" select 'p' || n, 'Product number ' || n || ' of many', '{TEXT}', 9.99 from generate_series(1, {rows}) n;"
+                 f" select 'p' || n, {word(1)} || ' ' || {word(count)} || ' ' || {word(count**2)}, '{TEXT}', 9.99 from generate_series(1, {rows}) n;"
                  "insert into stock (sku, on_hand) select sku, 1000000000 from products;")
         self.sql("INVENTORY", "vacuum analyze products; vacuum analyze stock; checkpoint;")
 

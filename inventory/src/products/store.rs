@@ -6,6 +6,7 @@
 
 use chassis::db::like_pattern;
 use chassis::etag::Precondition;
+use chassis::response::timestamp;
 use postgres::types::{ToSql, Type};
 use postgres::{Client, Error, Row, Statement};
 use serde::Serialize;
@@ -76,10 +77,7 @@ pub enum WriteOutcome<T> {
 /// The columns of a [`Product`] but those of its stock.
 macro_rules! columns {
     () => {
-        "sku, name, description, price::text, image_url,
-        to_char(created_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"') as created,
-        to_char(products.updated_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')
-            as updated"
+        "sku, name, description, price::text, image_url, created_at, products.updated_at"
     };
 }
 
@@ -304,7 +302,7 @@ fn product(row: &Row, currency: &str) -> Result<Product, Error> {
         currency: currency.to_owned(),
         image_url: row.try_get("image_url")?,
         available: row.try_get("available")?,
-        created_at: row.try_get("created")?,
-        updated_at: row.try_get("updated")?,
+        created_at: timestamp(row.try_get("created_at")?),
+        updated_at: timestamp(row.try_get("updated_at")?),
     })
 }

@@ -4,8 +4,10 @@
 //! wait for each other.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::SystemTime;
 
 use chassis::db::{in_transaction, in_transaction_with, renew_deadline};
+use chassis::response::timestamp;
 use postgres::types::ToSql;
 use postgres::{Client, Error, Row, Statement};
 use uuid::Uuid;
@@ -61,24 +63,15 @@ pub enum Refusal {
 /// The result of a call.
 pub type Outcome<T> = Result<T, Refusal>;
 
-macro_rules! expiry {
-    () => {
-        "to_char(expires_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"') as expires"
-    };
-}
-
 // In the order of the ids: another instance that inserts the same ones waits and does not lock
 // against this one.
-const CLAIM: &str = concat!(
-    "
+const CLAIM: &str = "
     insert into reservations (order_id, state, expires_at)
     select order_id, 'held', now() + make_interval(secs => seconds)
     from unnest($1::uuid[], $2::float8[]) as claims (order_id, seconds)
     order by order_id
     on conflict (order_id) do nothing
-    returning order_id, ",
-    expiry!()
-);
+    returning order_id, expires_at";
 
 const LOCK_KNOWN: &str = "
     select order_id, state
@@ -87,14 +80,11 @@ const LOCK_KNOWN: &str = "
     order by order_id
     for update";
 
-const HOLD_AGAIN: &str = concat!(
-    "
+const HOLD_AGAIN: &str = "
     update reservations
     set state = 'held', expires_at = now() + make_interval(secs => $2), updated_at = now()
     where order_id = $1
-    returning ",
-    expiry!()
-);
+    returning expires_at";
 
 const DELETE_CLAIMS: &str = "delete from reservations where order_id = any($1)";
 
@@ -123,14 +113,11 @@ const TAKE: &str = "
     on conflict (order_id, sku) do update
     set name = excluded.name, unit_price = excluded.unit_price";
 
-const SELECT: &str = concat!(
-    "select order_id, state, sku, name, unit_price::text, quantity, ",
-    expiry!(),
-    "
+const SELECT: &str = "
+    select order_id, state, expires_at, sku, name, unit_price::text, quantity
     from reservations join reservation_lines using (order_id)
     where order_id = any($1)
-    order by order_id, position"
-);
+    order by order_id, position";
 
 const CONFIRM: &str = "
     update reservations
@@ -273,13 +260,13 @@ pub fn hold(
                     None => return Ok(repeated(hold, known.get(&hold.order_id))),
                 };
                 let expires_at = match claimed.get(&hold.order_id) {
-                    Some(expires_at) => expires_at.clone(),
+                    Some(expires_at) => *expires_at,
                     None => hold_again(db, hold)?,
                 };
                 Ok(Ok(Reservation {
                     order_id: hold.order_id,
                     state: State::Held,
-                    expires_at: Some(expires_at),
+                    expires_at: Some(timestamp(expires_at)),
                     lines,
                 }))
             })
@@ -361,19 +348,19 @@ pub fn delete_ended(db: &mut Db, rows: i64) -> Result<i64, Error> {
 }
 
 /// Inserts a reservation for each order that has none; returns when these expire.
-fn claim(db: &mut Db, holds: &[&Hold]) -> Result<HashMap<Uuid, String>, Error> {
+fn claim(db: &mut Db, holds: &[&Hold]) -> Result<HashMap<Uuid, SystemTime>, Error> {
     let ids: Vec<Uuid> = holds.iter().map(|hold| hold.order_id).collect();
     let seconds: Vec<f64> = holds.iter().map(|hold| hold.duration.as_secs_f64()).collect();
     renew_deadline();
     let rows = db.client.query(&db.statements.reservations.claim, &[&ids, &seconds])?;
-    rows.iter().map(|row| Ok((row.try_get("order_id")?, row.try_get("expires")?))).collect()
+    rows.iter().map(|row| Ok((row.try_get("order_id")?, row.try_get("expires_at")?))).collect()
 }
 
 /// The reservations that were there before, locked.
 fn known(
     db: &mut Db,
     holds: &[&Hold],
-    claimed: &HashMap<Uuid, String>,
+    claimed: &HashMap<Uuid, SystemTime>,
 ) -> Result<HashMap<Uuid, Reservation>, Error> {
     let ids = holds.iter().map(|hold| hold.order_id);
     let ids: Vec<Uuid> = ids.filter(|id| !claimed.contains_key(id)).collect();
@@ -408,17 +395,18 @@ fn select_all(db: &mut Db, ids: &[Uuid]) -> Result<HashMap<Uuid, Reservation>, E
             unit_price: row.try_get("unit_price")?,
             quantity: row.try_get("quantity")?,
         };
-        let (state, expires_at) = (parse_state(row)?, row.try_get("expires")?);
+        let expires_at: Option<SystemTime> = row.try_get("expires_at")?;
+        let (state, expires_at) = (parse_state(row)?, expires_at.map(timestamp));
         let new = Reservation { order_id, state, expires_at, lines: Vec::new() };
         all.entry(order_id).or_insert(new).lines.push(line);
     }
     Ok(all)
 }
 
-fn hold_again(db: &mut Db, hold: &Hold) -> Result<String, Error> {
+fn hold_again(db: &mut Db, hold: &Hold) -> Result<SystemTime, Error> {
     renew_deadline();
     let parameters: [&(dyn ToSql + Sync); 2] = [&hold.order_id, &hold.duration.as_secs_f64()];
-    db.client.query_one(HOLD_AGAIN, &parameters)?.try_get("expires")
+    db.client.query_one(HOLD_AGAIN, &parameters)?.try_get("expires_at")
 }
 
 /// The stock of some products, locked, and what was taken of it.

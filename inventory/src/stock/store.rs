@@ -2,6 +2,7 @@
 
 use chassis::db::{in_transaction, renew_deadline};
 use chassis::etag::Precondition;
+use chassis::response::timestamp;
 use postgres::error::SqlState;
 use postgres::{Error, Row};
 use serde::Serialize;
@@ -78,16 +79,13 @@ pub type Outcome<T> = Result<T, Refusal>;
 
 macro_rules! stock_columns {
     () => {
-        "stock.sku, on_hand, reserved, stock.xmin::text as version,
-        to_char(stock.updated_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')
-            as updated"
+        "stock.sku, on_hand, reserved, stock.updated_at, stock.xmin::text as version"
     };
 }
 
 macro_rules! adjustment_columns {
     () => {
-        "id, sku, change, on_hand, reason, user_id,
-        to_char(created_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"') as created"
+        "id, sku, change, on_hand, reason, user_id, created_at"
     };
 }
 
@@ -257,7 +255,7 @@ fn versioned(db: &Db, row: &Row) -> Result<(Stock, String), Error> {
         on_hand,
         reserved,
         available: on_hand - reserved,
-        updated_at: row.try_get("updated")?,
+        updated_at: timestamp(row.try_get("updated_at")?),
     };
     let version = format!("{}-{}", db.statements.instance, row.try_get::<_, &str>("version")?);
     Ok((stock, version))
@@ -271,6 +269,6 @@ fn adjustment(row: &Row) -> Result<Adjustment, Error> {
         on_hand: row.try_get("on_hand")?,
         reason: row.try_get("reason")?,
         user_id: row.try_get("user_id")?,
-        created_at: row.try_get("created")?,
+        created_at: timestamp(row.try_get("created_at")?),
     })
 }
