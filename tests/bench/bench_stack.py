@@ -36,9 +36,9 @@ function init(args)
     if kind == "movie" then requests[i] = wrk.format("GET", "/api/movies/" .. n)
     elseif kind == "product" then requests[i] = wrk.format("GET", "/api/v1/products/p" .. n)
     elseif kind == "search" then
-      local words = {}
-      for word in args[3]:gmatch("%S+") do words[#words + 1] = word end
-      requests[i] = wrk.format("GET", "/api/v1/products?search=" .. words[math.random(#words)] .. "%20" .. words[math.random(#words)])
+      local texts = {}
+      for text in args[3]:gmatch("%S+") do texts[#texts + 1] = text end
+      requests[i] = wrk.format("GET", "/api/v1/products?search=" .. texts[math.random(#texts)])
     elseif kind == "hold" then requests[i] = '{"hold_seconds":3600,"lines":[{"sku":"p' .. n .. '","quantity":1}]}'
     elseif kind == "get" then requests[i] = wrk.format("GET", args[3], args[4] and { Authorization = "Bearer " .. args[4] })
     elseif kind == "login" then requests[i] = wrk.format("POST", "/api/v1/auth/login", json, args[3])
@@ -95,10 +95,6 @@ on conflict (order_id, sku) do update
 set name = excluded.name, unit_price = excluded.unit_price;
 commit;
 """
-WORDS = ("amber anchor arrow autumn beacon bridge canyon carnival castle cedar circle clockwork copper crimson crystal desert "
-         "dragon eagle echo ember falcon feather forest fortune garden ghost glacier golden harbor hollow island ivory jungle "
-         "lantern lemon lighthouse lunar marble meadow midnight mirror monsoon moon mountain needle northern ocean orchid "
-         "paper phantom pilot planet prairie raven river rocket scarlet shadow silent silver thunder velvet winter zephyr")
 TEXT = "A film of which this text says so much that an answer has some three hundred bytes."
 
 
@@ -288,15 +284,19 @@ class Stack:
                  + "".join(f"{definition};" for _, definition in indexes) + "vacuum analyze movies; checkpoint;")
 
     def fill_products(self, rows):
-        """So many products with names of three words, each with plenty in stock, and no reservation."""
-        words = f"string_to_array('{WORDS}', ' ')"
-        count = len(WORDS.split())
-        word = lambda divisor: f"({words})[1 + (n / {divisor} + n * 7919) % {count}]"
-        self.sql("INVENTORY", "truncate reservation_lines, reservations, stock_adjustments, stock, products;"
-                 "insert into products (sku, name, description, price)"
-                 f" select 'p' || n, {word(1)} || ' ' || {word(count)} || ' ' || {word(count**2)}, '{TEXT}', 9.99 from generate_series(1, {rows}) n;"
+        """So many products, each with plenty in stock, and no reservation; returns the first two words of the names of
+        some, separated by %20. Names have three and descriptions twelve of 3,000 made-up words."""
+        syllables = [a + b for a in "bdfghjklmnprstvwz" for b in "aeiou"]
+        chosen = random.Random(1)
+        words = ["".join(chosen.choices(syllables, k=chosen.randint(2, 4))) for _ in range(3000)]
+        names = [chosen.choices(words, k=3) for _ in range(rows)]
+        lines = (f"p{number}\t{' '.join(name)}\t{' '.join(chosen.choices(words, k=12))}\t9.99"
+                 for number, name in enumerate(names, 1))
+        self.sql("INVENTORY", "truncate reservation_lines, reservations, stock_adjustments, stock, products;\n"
+                 "copy products (sku, name, description, price) from stdin;\n" + "\n".join(lines) + "\n\\.\n"
                  "insert into stock (sku, on_hand) select sku, 1000000000 from products;")
-        self.sql("INVENTORY", "vacuum analyze products; vacuum analyze stock; checkpoint;")
+        self.sql("INVENTORY", "vacuum analyze products;\nvacuum analyze stock;\ncheckpoint;")
+        return ["%20".join(name[:2]) for name in names[:500]]
 
     def queue(self, method, path=""):
         """Asks RabbitMQ's management for the queue of orders."""

@@ -13,7 +13,7 @@ const MAX_SEARCH_CHARS: usize = 200;
 /// The parameters of the list.
 #[derive(Debug)]
 pub struct ListQuery {
-    /// Only products whose sku, name or description has this text.
+    /// Only products whose sku or name has this text.
     pub search: Option<String>,
     /// Only products of which some are available, or only those of which none is.
     pub in_stock: Option<bool>,

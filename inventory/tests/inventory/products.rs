@@ -200,8 +200,8 @@ fn a_tag_names_what_is_shown_and_a_change_compares_only_what_it_can_change() {
 #[test]
 fn the_list_is_searched_and_read_page_by_page() {
     let store = Store::new();
-    for (sku, name) in [("b-2", "Blue"), ("B-1", "Green"), ("a", "Red 100%"), ("c_1", "blueish")] {
-        let body = json!({ "sku": sku, "name": name, "price": 1, "description": "Über" });
+    for (sku, name) in [("b-2", "Blue"), ("B-1", "Grün"), ("a", "Red 100%"), ("c_1", "blueish")] {
+        let body = json!({ "sku": sku, "name": name, "price": 1, "description": "Blue" });
         assert_eq!(store.admin("POST", PRODUCTS, &body).status, 201);
     }
     store.set_stock("a", 1);
@@ -215,7 +215,7 @@ fn the_list_is_searched_and_read_page_by_page() {
     // In the order of the bytes.
     assert_eq!(skus(PRODUCTS), ["B-1", "a", "b-2", "c_1"]);
     assert_eq!(skus("/api/v1/products?search=BLUE"), ["b-2", "c_1"]);
-    assert_eq!(skus("/api/v1/products?search=%C3%BCber&limit=1"), ["B-1"]);
+    assert_eq!(skus("/api/v1/products?search=GR%C3%9CN"), ["B-1"]);
     assert_eq!(skus("/api/v1/products?search=0%25"), ["a"]);
     assert_eq!(skus("/api/v1/products?search=_"), ["c_1"]);
     assert_eq!(skus("/api/v1/products?search=b-"), ["B-1", "b-2"]);
