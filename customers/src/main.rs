@@ -46,7 +46,7 @@ fn serve() -> anyhow::Result<()> {
     thread::scope(|scope| {
         let sweeper = Arc::clone(&app);
         let sweep_stop = &stop;
-        stop.spawn_critical(scope, "sweep", move || sweep::run(&sweeper.db, sweep_stop))?;
+        stop.spawn_critical(scope, "sweep", move || sweep::run(&sweeper, sweep_stop))?;
         let internal = Arc::clone(&app);
         let served = server::run_with_internal(
             &http,

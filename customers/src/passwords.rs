@@ -4,13 +4,15 @@
 //! core for some 30 ms and 19 MiB of memory, so only a few are made at once; the others wait for
 //! their turn.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use argon2::password_hash::phc::PasswordHash;
-use argon2::password_hash::{Error as HashError, PasswordHasher, PasswordVerifier};
-use argon2::{Algorithm, Argon2, Params, Version};
+use argon2::password_hash::Error as HashError;
+use argon2::password_hash::phc::{Output, ParamsString, PasswordHash, Salt};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
 use chassis::semaphore::{FairSemaphore, SemaphorePermit};
 use chassis::{Env, Problem};
+use parking_lot::Mutex;
 use unicode_normalization::UnicodeNormalization;
 
 /// How long a password may be, in characters of its normal form.
@@ -57,6 +59,11 @@ pub struct Passwords {
     argon2: Argon2<'static>,
     turns: FairSemaphore,
     wait: Duration,
+    /// The memory of former hashes, for the next ones: new pages from the system would cost a tenth of
+    /// the time of a hash.
+    memory: Mutex<Vec<Vec<Block>>>,
+    /// Whether a hash was made since the last [`Passwords::free_unused_memory`].
+    is_used: AtomicBool,
     /// Verified in the place of a user's hash where there is no such user. No password fits.
     decoy: String,
 }
@@ -90,6 +97,8 @@ impl Passwords {
             argon2: Argon2::new(Algorithm::Argon2id, Version::V0x13, params.clone()),
             turns: FairSemaphore::new(config.at_once),
             wait: config.wait,
+            memory: Mutex::default(),
+            is_used: AtomicBool::new(false),
             decoy,
         }
     }
@@ -101,35 +110,77 @@ impl Passwords {
         })?;
         Ok(Turn { passwords: self, _permit: permit })
     }
+
+    /// Gives the memory of hashes back to the system where none was made since the last call.
+    pub fn free_unused_memory(&self) {
+        if !self.is_used.swap(false, Ordering::Relaxed) {
+            self.memory.lock().clear();
+        }
+    }
+
+    /// The hash of a text, of this length.
+    fn output(
+        &self,
+        argon2: &Argon2,
+        text: &[u8],
+        salt: &[u8],
+        length: usize,
+    ) -> Result<Output, HashError> {
+        self.is_used.store(true, Ordering::Relaxed);
+        let mut memory = self.memory.lock().pop().unwrap_or_default();
+        memory.resize(argon2.params().block_count(), Block::new());
+        let mut output = [0; Output::MAX_LENGTH];
+        let output = output.get_mut(..length).ok_or(HashError::OutputSize)?;
+        argon2.hash_password_into_with_memory(text, salt, output, &mut memory)?;
+        self.memory.lock().push(memory);
+        Ok(Output::new(output)?)
+    }
 }
 
 impl Turn<'_> {
     /// The hash of a new password, as a PHC string with parameters and salt.
     pub fn hash(&self, password: &str) -> Result<String, Problem> {
-        let normal = normalize(password).unwrap_or_default();
-        let hash = self.passwords.argon2.hash_password(normal.as_bytes());
-        Ok(hash.map_err(|err| Problem::internal().with_cause(err))?.to_string())
+        let make = || -> Result<String, HashError> {
+            let argon2 = &self.passwords.argon2;
+            let normal = normalize(password).unwrap_or_default();
+            let salt = Salt::generate();
+            let length = Params::DEFAULT_OUTPUT_LEN;
+            let output = self.passwords.output(argon2, normal.as_bytes(), &salt, length)?;
+            let hash = PasswordHash {
+                algorithm: Algorithm::Argon2id.ident(),
+                version: Some(Version::V0x13.into()),
+                params: ParamsString::try_from(argon2.params())?,
+                salt: Some(salt),
+                hash: Some(output),
+            };
+            Ok(hash.to_string())
+        };
+        make().map_err(|err| Problem::internal().with_cause(err))
     }
 
     /// Whether a password is the one of the hash `stored`. Without a hash, because there is no such
     /// user, it takes as long and does not match.
     pub fn verify(&self, password: &str, stored: Option<&str>) -> Result<Verdict, Problem> {
-        let Passwords { argon2, decoy, .. } = self.passwords;
-        let internal = |err: HashError| Problem::internal().with_cause(err);
-        let normal = normalize(password);
-        // What is too long for a password is compared with the decoy, too: it takes as long.
-        let stored = stored.filter(|_| normal.is_some()).unwrap_or(decoy);
-        let hash = PasswordHash::new(stored).map_err(|err| Problem::internal().with_cause(err))?;
-        let normal = normal.unwrap_or_default();
-        let matches = match argon2.verify_password(normal.as_bytes(), &hash) {
-            Ok(()) => true,
-            Err(HashError::PasswordInvalid) => false,
-            Err(err) => return Err(internal(err)),
+        let verify = || -> Result<Verdict, HashError> {
+            let normal = normalize(password);
+            // What is too long for a password is compared with the decoy, too: it takes as long.
+            let stored = stored.filter(|_| normal.is_some()).unwrap_or(&self.passwords.decoy);
+            let stored = PasswordHash::new(stored)?;
+            let (Some(salt), Some(expected)) = (&stored.salt, &stored.hash) else {
+                return Err(HashError::EncodingInvalid);
+            };
+            let algorithm = Algorithm::try_from(stored.algorithm.as_str())?;
+            let version = stored.version.map(Version::try_from).transpose()?.unwrap_or_default();
+            let argon2 = Argon2::new(algorithm, version, Params::try_from(&stored)?);
+            let normal = normal.unwrap_or_default();
+            let output = self.passwords.output(&argon2, normal.as_bytes(), salt, expected.len())?;
+            let costs = |params: &Params| (params.m_cost(), params.t_cost(), params.p_cost());
+            let wanted = costs(self.passwords.argon2.params());
+            // Outputs are compared in constant time.
+            let matches = output == *expected;
+            Ok(Verdict { matches, needs_rehash: costs(argon2.params()) != wanted })
         };
-        let params = Params::try_from(&hash).map_err(internal)?;
-        let wanted = argon2.params();
-        let costs = |params: &Params| (params.m_cost(), params.t_cost(), params.p_cost());
-        Ok(Verdict { matches, needs_rehash: costs(&params) != costs(wanted) })
+        verify().map_err(|err| Problem::internal().with_cause(err))
     }
 }
 

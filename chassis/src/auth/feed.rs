@@ -64,6 +64,8 @@ pub struct Revocation {
 /// What the thread keeps up to date and requests read.
 pub(super) struct Feed {
     keys: RwLock<(u64, Arc<PublicKeys>)>,
+    /// The number of the set of keys, for requests that need no key.
+    generation: AtomicU64,
     /// The ended sessions, each until its last access token has expired.
     ended: RwLock<HashMap<Uuid, i64>>,
     started: Instant,
@@ -84,12 +86,18 @@ impl Feed {
     pub(super) fn new() -> Feed {
         Feed {
             keys: RwLock::default(),
+            generation: AtomicU64::new(0),
             ended: RwLock::default(),
             started: Instant::now(),
             fresh_at: AtomicU64::new(0),
             fetch: Mutex::default(),
             changed: Condvar::new(),
         }
+    }
+
+    /// The number of the set of keys.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
     }
 
     /// The keys, and the number of their set.
@@ -212,6 +220,7 @@ impl<S: Source> Follower<S> {
         let mut current = self.feed.keys.write();
         if *current.1 != keys || current.0 == 0 {
             *current = (current.0 + 1, Arc::new(keys));
+            self.feed.generation.store(current.0, Ordering::SeqCst);
         }
     }
 

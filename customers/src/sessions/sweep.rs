@@ -1,14 +1,13 @@
-//! Deletes what has expired, in the background and in small steps.
+//! Deletes what has expired, in the background and in small steps, and frees memory that is not used.
 
 use std::time::Duration;
 
 use chassis::Stop;
 use chassis::backoff::RetryLog;
-use chassis::db::Pool;
 use log::Level;
 
 use super::store;
-use crate::Statements;
+use crate::App;
 
 /// The pause between two looks, and between two steps while there is more.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -18,10 +17,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 const ROWS: i64 = 500;
 
 /// Runs until `stop`.
-pub fn run(db: &Pool<Statements>, stop: &Stop) {
+pub fn run(app: &App, stop: &Stop) {
     let mut log = RetryLog::default();
     while !stop.is_requested() {
-        let pause = match db.write(|db| store::delete_expired(db, ROWS)) {
+        app.passwords.free_unused_memory();
+        let pause = match app.db.write(|db| store::delete_expired(db, ROWS)) {
             Ok(deleted) => {
                 log.succeeded();
                 if deleted > 0 {
