@@ -347,7 +347,7 @@ class Stack:
     def wrk_alone(self, service, connections, kind, *arguments, rows=1):
         """Without what it costs: beside another load."""
         threads = min(2, connections)
-        command = ["wrk", "-t", threads, "-c", connections, "-d", f"{self.seconds}s", "-s", self.directory / "wrk.lua",
+        command = ["wrk", "-t", threads, "-c", connections, "-d", f"{self.seconds}s", "--timeout", "10s", "-s", self.directory / "wrk.lua",
                    f"http://127.0.0.1:{self.port(service)}", "--", kind, rows, *arguments]
         return json.loads(run(command, self.env).splitlines()[-1])
 
