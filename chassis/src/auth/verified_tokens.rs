@@ -14,8 +14,8 @@ const SLOTS: usize = 4096;
 /// do not wait for each other. A token that has the same slot replaces the one before.
 pub(super) struct VerifiedTokens {
     slots: Box<[Mutex<Option<VerifiedToken>>]>,
-    /// SipHash with two secret keys, new in each process. Together they are 128 bits that nobody can
-    /// compute outside, so nobody can make a token that is taken for another one.
+    /// SipHash with two secret keys, new in each process. Together they are 128 bits that cannot be
+    /// computed outside this process: no token can be made that is taken for another one.
     hashers: [RandomState; 2],
 }
 

@@ -10,7 +10,7 @@ use std::ops::RangeInclusive;
 
 use chassis::Problem;
 use chassis::db::Pool;
-use percent_encoding::percent_decode_str;
+use chassis::query;
 use rouille::{Response, ResponseBody};
 
 use super::store::{self, PageQuery};
@@ -41,12 +41,8 @@ pub struct ListQuery {
 impl ListQuery {
     /// Parses the part of the URL after `?`. Parameters with other names are ignored.
     pub fn parse(query: &str) -> Result<ListQuery, Problem> {
-        // The parser below would replace invalid UTF-8 by U+FFFD.
-        if percent_decode_str(query).decode_utf8().is_err() {
-            return Err(Problem::bad_request("the query is not valid UTF-8"));
-        }
         let (mut title, mut limit, mut after) = (None, None, None);
-        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        for (name, value) in query::pairs(query)? {
             let known = match &*name {
                 "title" => &mut title,
                 "limit" => &mut limit,
@@ -80,12 +76,13 @@ impl ListQuery {
 
     /// The `Link` to the page after this id.
     fn next(&self, limit: i64, after: i64) -> String {
-        let mut query = form_urlencoded::Serializer::new(String::new());
-        query.append_pair("limit", &limit.to_string()).append_pair("after", &after.to_string());
-        if let Some(title) = &self.title {
-            query.append_pair("title", title);
-        }
-        format!("</api/movies?{}>; rel=\"next\"", query.finish())
+        let (limit, after) = (limit.to_string(), after.to_string());
+        let parameters = [
+            ("limit", Some(limit.as_str())),
+            ("after", Some(&after)),
+            ("title", self.title.as_deref()),
+        ];
+        format!("</api/movies?{}>; rel=\"next\"", query::build(&parameters))
     }
 }
 

@@ -174,7 +174,7 @@ pub fn adjust(
     amount: i32,
 ) -> Result<Outcome<(Adjustment, bool)>, Error> {
     let adjusted = in_transaction(db, |db| {
-        // With the lock nobody else is adjusting this product, so a repetition sees what it repeats.
+        // The lock makes adjustments of one product wait for each other: a repetition sees the first one.
         let Some((stock, _)) = lock(db, change.sku)? else {
             return Ok(Err(Refusal::NotFound));
         };
