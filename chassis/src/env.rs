@@ -80,6 +80,24 @@ impl Env {
         Secret(self.required(name))
     }
 
+    /// Credentials with commas between them; none where the variable is absent.
+    pub fn secrets(&mut self, name: &str) -> Vec<Secret> {
+        let list = self.optional(name).unwrap_or_default();
+        let values = list.split(',').map(str::trim).filter(|value| !value.is_empty());
+        values.map(|value| Secret(value.to_owned())).collect()
+    }
+
+    /// A required currency, ISO 4217.
+    pub fn currency(&mut self, name: &str) -> String {
+        let code = self.required(name);
+        let is_code = code.len() == 3 && code.bytes().all(|byte| byte.is_ascii_uppercase());
+        // An empty one is reported as missing.
+        if !is_code && !code.is_empty() {
+            self.errors.push(format!("{name} must be a code of three capital letters (ISO 4217)"));
+        }
+        code
+    }
+
     /// A number within `range`; `default` when the variable is absent.
     pub fn number<T>(&mut self, name: &str, default: T, range: RangeInclusive<T>) -> T
     where

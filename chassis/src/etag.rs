@@ -33,7 +33,7 @@ pub fn matches_if_none_match(request: &Request, version: &str) -> bool {
 }
 
 /// The versions for which a request may be carried out.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Precondition {
     /// Only these; `None` is any.
     pub if_match: Option<Vec<String>>,

@@ -36,23 +36,12 @@ impl Config {
             db: db::Config::from_env(&mut env, "INVENTORY"),
             auth: auth::Config::from_env(&mut env),
             customers: env.host_port("CUSTOMERS_HOST", "CUSTOMERS_INTERNAL_PORT"),
-            currency: currency(&mut env),
+            currency: env.currency("STORE_CURRENCY"),
             products_cache_control: cache_control(&mut env),
             log_level: logging::level_from_env(&mut env),
         };
         env.finish(config)
     }
-}
-
-fn currency(env: &mut Env) -> String {
-    let name = "STORE_CURRENCY";
-    let code = env.required(name);
-    let is_code = code.len() == 3 && code.bytes().all(|byte| byte.is_ascii_uppercase());
-    // An empty one is reported as missing.
-    if !is_code && !code.is_empty() {
-        env.error(&format!("{name} must be a code of three capital letters (ISO 4217)"));
-    }
-    code
 }
 
 fn cache_control(env: &mut Env) -> String {

@@ -194,14 +194,14 @@ impl DeadLetterQueue {
             selected.push((delivery, is_copy));
             // A new body is for one dead letter only, so all must be seen first.
             if selected.len() == REQUEUE_BATCH && !has_new_body {
-                done += self.apply_to(&mut publisher, &mut selected, action)?;
+                done += self.apply_to(&mut publisher, &config.queue, &mut selected, action)?;
             }
         }
         if has_new_body {
             let originals = selected.iter().filter(|(_, is_copy)| !is_copy).count();
             ensure!(originals < 2, "{originals} dead letters are selected: name one by its key");
         }
-        done += self.apply_to(&mut publisher, &mut selected, action)?;
+        done += self.apply_to(&mut publisher, &config.queue, &mut selected, action)?;
         Ok(done)
     }
 
@@ -209,6 +209,7 @@ impl DeadLetterQueue {
     fn apply_to(
         &self,
         publisher: &mut Publisher,
+        queue: &str,
         selected: &mut Vec<(Delivery, bool)>,
         action: &Action,
     ) -> anyhow::Result<usize> {
@@ -228,7 +229,7 @@ impl DeadLetterQueue {
                     };
                     properties = properties.with_message_id(id);
                 }
-                Message { body, properties }
+                Message::to_queue(queue, body, properties)
             };
             publisher.publish_and_wait(originals().map(message).collect())?;
         }

@@ -46,10 +46,11 @@ impl DeadLetterPublisher {
         if self.retry_at.is_some_and(|retry_at| Instant::now() < retry_at) {
             return;
         }
+        let queue = self.queue.clone();
         let messages: Vec<Message> = dead_letters
-            .map(|dead| Message {
-                body: &dead.delivery.body,
-                properties: with_reason(&dead.delivery.properties, dead.reason, dead.id),
+            .map(|DeadLetter { delivery, reason, id }| {
+                let properties = with_reason(&delivery.properties, reason, id);
+                Message::to_queue(&queue, &delivery.body, properties)
             })
             .collect();
         if messages.is_empty() {

@@ -171,7 +171,9 @@ fn a_message_that_expired_is_listed_with_the_reason_of_the_broker() {
     let mut publisher =
         Publisher::connect(&fixture.admin(), "test", &fixture.config().queue).unwrap();
     let properties = AmqpProperties::default().with_expiration("1".to_owned());
-    publisher.publish_and_wait(vec![Message { body: order(1).as_bytes(), properties }]).unwrap();
+    let (queue, order) = (fixture.config().queue, order(1));
+    let message = Message::to_queue(&queue, order.as_bytes(), properties);
+    publisher.publish_and_wait(vec![message]).unwrap();
     eventually("a dead letter", 10, || (fixture.depth(".dead") == 1).then_some(()));
     let listed = lines(&fixture.dead_letters(&["list"]));
     let queue = fixture.config().queue;

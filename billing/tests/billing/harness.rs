@@ -104,12 +104,11 @@ impl BillingFixture {
 
     /// Publishes messages, each an id (or "" for none) and a body; returns when all are confirmed.
     pub(crate) fn post<B: AsRef<[u8]>>(&self, messages: &[(impl AsRef<str>, B)]) {
-        let mut publisher =
-            Publisher::connect(&self.admin(), "test", &self.config().queue).unwrap();
+        let queue = self.config().queue;
+        let mut publisher = Publisher::connect(&self.admin(), "test", &queue).unwrap();
         for some in messages.chunks(200) {
-            let messages = some.iter().map(|(id, body)| Message {
-                body: body.as_ref(),
-                properties: properties(id.as_ref()),
+            let messages = some.iter().map(|(id, body)| {
+                Message::to_queue(&queue, body.as_ref(), properties(id.as_ref()))
             });
             publisher.publish_and_wait(messages.collect()).unwrap();
         }
@@ -186,7 +185,7 @@ impl BillingFixture {
         for _ in 0..2 {
             let properties = got.delivery.properties.clone();
             publisher
-                .publish_and_wait(vec![Message { body: &got.delivery.body, properties }])
+                .publish_and_wait(vec![Message::to_queue(&queue, &got.delivery.body, properties)])
                 .unwrap();
         }
     }

@@ -5,18 +5,34 @@
 
 use std::time::{Duration, Instant};
 
-use amiquip::{AmqpProperties, Channel, Confirm, ConfirmSmoother, Connection, Publish, Return};
+use amiquip::{
+    AmqpProperties, Channel, Confirm, ConfirmSmoother, Connection, ExchangeDeclareOptions,
+    ExchangeType, Publish, Return,
+};
 use anyhow::{bail, ensure};
 use crossbeam_channel::Receiver;
 
 use super::{CALL_TIMEOUT, Config, SocketDeadline, declare_queue};
 
-/// A message for a queue.
+/// A message for an exchange.
 pub struct Message<'a> {
+    /// The exchange; an empty name is the default exchange.
+    pub exchange: &'a str,
+    /// The routing key; at the default exchange the name of a queue.
+    pub routing_key: &'a str,
+    /// Whether a queue must take it. A message for which there is none makes publishing fail.
+    pub mandatory: bool,
     /// Content.
     pub body: &'a [u8],
     /// Properties.
     pub properties: AmqpProperties,
+}
+
+impl<'a> Message<'a> {
+    /// A message for a queue, which must be there.
+    pub fn to_queue(queue: &'a str, body: &'a [u8], properties: AmqpProperties) -> Message<'a> {
+        Message { exchange: "", routing_key: queue, mandatory: true, body, properties }
+    }
 }
 
 /// A channel in confirm mode. After an error it must be replaced.
@@ -68,6 +84,15 @@ impl Publisher {
         Ok(())
     }
 
+    /// Declares a durable topic exchange, so that there is one to publish to.
+    pub fn declare_topic_exchange(&self, name: &str) -> anyhow::Result<()> {
+        let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        self.deadline.with_deadline(CALL_TIMEOUT, || {
+            self.channel.exchange_declare(ExchangeType::Topic, name, durable)?;
+            Ok(())
+        })
+    }
+
     /// How many messages are published and not confirmed yet.
     pub fn in_flight(&self) -> usize {
         self.in_flight
@@ -80,11 +105,11 @@ impl Publisher {
         }
         self.in_flight += messages.len();
         self.deadline.with_deadline(CALL_TIMEOUT, || {
-            for Message { body, properties } in messages {
-                let routing_key = self.queue.clone();
+            for Message { exchange, routing_key, mandatory, body, properties } in messages {
+                let routing_key = routing_key.to_owned();
                 let publish =
-                    Publish { body, routing_key, mandatory: true, immediate: false, properties };
-                self.channel.basic_publish("", publish)?;
+                    Publish { body, routing_key, mandatory, immediate: false, properties };
+                self.channel.basic_publish(exchange, publish)?;
             }
             Ok(())
         })
@@ -102,7 +127,7 @@ impl Publisher {
                 Err(_) => bail!("the connection to the broker broke"),
             };
             for confirm in self.smoother.process(confirm) {
-                ensure!(matches!(confirm, Confirm::Ack(_)), "{} rejected a message", self.queue);
+                ensure!(matches!(confirm, Confirm::Ack(_)), "the broker rejected a message");
                 self.in_flight -= 1;
             }
             wait = Duration::ZERO;

@@ -14,9 +14,11 @@ use crate::problem::Problem;
 use crate::semaphore::{FairSemaphore, SemaphorePermit};
 
 pub mod breaker;
+mod call;
 mod transport;
 
 use breaker::{Breaker, Permit};
+pub use call::{Call, CallAnswer, DEADLINE_HEADER, deadline};
 use transport::TcpConnector;
 
 /// A response up to this size is read completely before it is passed on: one that breaks off is then
@@ -161,10 +163,25 @@ impl Upstream {
         request: impl Fn(&str) -> Result<Request<Option<Vec<u8>>>, ureq::http::Error>,
         expects_body: bool,
     ) -> Result<Answer, Problem> {
+        self.send_within(self.config.response_timeout, is_safe, request, expects_body)
+    }
+
+    /// How long a request waits for the head of its response at most.
+    pub fn response_timeout(&self) -> Duration {
+        self.config.response_timeout
+    }
+
+    fn send_within(
+        &self,
+        timeout: Duration,
+        is_safe: bool,
+        request: impl Fn(&str) -> Result<Request<Option<Vec<u8>>>, ureq::http::Error>,
+        expects_body: bool,
+    ) -> Result<Answer, Problem> {
         // The permits are held until the head of the response is there. The body is between the
         // upstream, which has answered, and a client that may be slow.
         let (permit, _bulkhead_permit) = self.admit(is_safe)?;
-        let answer = self.send_and_read_head(is_safe, request, expects_body);
+        let answer = self.send_and_read_head(timeout, is_safe, request, expects_body);
         let now = Instant::now();
         match &answer {
             // Any HTTP response counts as a success, a 503 included: the upstream is alive and says
@@ -200,11 +217,12 @@ impl Upstream {
 
     fn send_and_read_head(
         &self,
+        timeout: Duration,
         is_safe: bool,
         request: impl Fn(&str) -> Result<Request<Option<Vec<u8>>>, ureq::http::Error>,
         expects_body: bool,
     ) -> Result<Answer, Problem> {
-        let deadline = Instant::now() + self.config.response_timeout;
+        let deadline = Instant::now() + timeout;
         let origin = format!("http://{}", self.config.address);
         let attempt = || {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -1,9 +1,9 @@
 //! A user: its fields, its JSON form, and its rules.
 
-use chassis::fields::{Errors, Given};
+use chassis::fields::{Errors, address, payment_method};
 use chassis::{Problem, request};
 use serde::{Deserialize, Serialize};
-use serde_json::value::{RawValue, to_raw_value};
+use serde_json::value::RawValue;
 
 use super::fields;
 use crate::passwords::check_new;
@@ -24,37 +24,16 @@ pub struct User {
     pub last_name: Option<String>,
     /// Whether the user may administrate.
     pub is_admin: bool,
-    /// An [`Address`] as JSON.
+    /// A postal address as JSON, see [`chassis::fields::address`].
     pub shipping_address: Option<Box<RawValue>>,
-    /// An [`Address`] as JSON.
+    /// A postal address as JSON, see [`chassis::fields::address`].
     pub billing_address: Option<Box<RawValue>>,
-    /// A [`PaymentMethod`] as JSON.
+    /// As JSON, see [`chassis::fields::payment_method`].
     pub payment_method: Option<Box<RawValue>>,
     /// RFC 3339 in UTC with milliseconds.
     pub created_at: String,
     /// RFC 3339 in UTC with milliseconds.
     pub updated_at: String,
-}
-
-/// A postal address.
-#[derive(Debug, Serialize)]
-pub struct Address {
-    name: Option<String>,
-    line1: Option<String>,
-    line2: Option<String>,
-    city: Option<String>,
-    postal_code: Option<String>,
-    region: Option<String>,
-    country: Option<String>,
-}
-
-/// What a payment provider gave; never the number of a card.
-#[derive(Debug, Serialize)]
-pub struct PaymentMethod {
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    label: Option<String>,
-    reference: Option<String>,
 }
 
 /// A new account.
@@ -77,11 +56,11 @@ pub struct Profile {
     pub first_name: Option<String>,
     /// The last name.
     pub last_name: Option<String>,
-    /// An [`Address`] as JSON.
+    /// A postal address as JSON, see [`chassis::fields::address`].
     pub shipping_address: Option<String>,
-    /// An [`Address`] as JSON.
+    /// A postal address as JSON, see [`chassis::fields::address`].
     pub billing_address: Option<String>,
-    /// A [`PaymentMethod`] as JSON.
+    /// As JSON, see [`chassis::fields::payment_method`].
     pub payment_method: Option<String>,
 }
 
@@ -123,34 +102,6 @@ struct RawUser<'b> {
     billing_address: Option<&'b RawValue>,
     #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
     payment_method: Option<&'b RawValue>,
-}
-
-#[derive(Deserialize)]
-struct RawAddress<'b> {
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    name: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    line1: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    line2: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    city: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    postal_code: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    region: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    country: Option<&'b RawValue>,
-}
-
-#[derive(Deserialize)]
-struct RawPaymentMethod<'b> {
-    #[serde(borrow, default, rename = "type", deserialize_with = "request::deserialize_present")]
-    kind: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    label: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "request::deserialize_present")]
-    reference: Option<&'b RawValue>,
 }
 
 impl NewUser {
@@ -225,113 +176,10 @@ fn profile(body: &RawUser<'_>, errors: &mut Errors) -> (Profile, Vec<&'static st
         last_name,
         shipping_address: address(body.shipping_address, "shipping_address", errors),
         billing_address: address(body.billing_address, "billing_address", errors),
-        payment_method: payment_method(body.payment_method, errors),
+        payment_method: payment_method(body.payment_method, "payment_method", errors),
     };
     (profile, changes)
 }
-
-/// An object in a field; null and an absent field are `None`.
-fn object<'b, T: Deserialize<'b>>(
-    raw: Option<&'b RawValue>,
-    field: &str,
-    errors: &mut Errors,
-) -> Option<T> {
-    let text = raw.map(RawValue::get).filter(|text| *text != "null")?;
-    let parsed = Some(text).filter(|text| text.starts_with('{'));
-    let parsed = parsed.and_then(|text| serde_json::from_str(text).ok());
-    if parsed.is_none() {
-        errors.add(field, "must be an object");
-    }
-    parsed
-}
-
-/// A text of an object, up to 200 characters; `required` says that it must be there.
-fn member(
-    raw: Option<&RawValue>,
-    field: &str,
-    required: bool,
-    errors: &mut Errors,
-) -> Option<String> {
-    let given = errors.short_text(raw, field, 200);
-    if required && matches!(given, Given::Absent | Given::Null) {
-        errors.add(field, "is required");
-    }
-    given.value()
-}
-
-fn address(raw: Option<&RawValue>, field: &str, errors: &mut Errors) -> Option<String> {
-    let raw: RawAddress<'_> = object(raw, field, errors)?;
-    let mut text =
-        |raw, name: &str, required| member(raw, &format!("{field}.{name}"), required, errors);
-    let address = Address {
-        name: text(raw.name, "name", true),
-        line1: text(raw.line1, "line1", true),
-        line2: text(raw.line2, "line2", false),
-        city: text(raw.city, "city", true),
-        postal_code: text(raw.postal_code, "postal_code", false),
-        region: text(raw.region, "region", false),
-        country: text(raw.country, "country", true),
-    };
-    if address.country.as_ref().is_some_and(|code| !is_country(code)) {
-        let rule = "must be a country code of two capital letters (ISO 3166-1), such as SE";
-        errors.add(&format!("{field}.country"), rule);
-    }
-    to_raw_value(&address).ok().map(|raw| raw.get().to_owned())
-}
-
-fn payment_method(raw: Option<&RawValue>, errors: &mut Errors) -> Option<String> {
-    let raw: RawPaymentMethod<'_> = object(raw, "payment_method", errors)?;
-    let mut text = |raw, name: &str, required| {
-        let field = format!("payment_method.{name}");
-        let text = member(raw, &field, required, errors);
-        if text.as_deref().is_some_and(holds_card_number) {
-            errors.add(&field, "must not hold the number of a card");
-        }
-        text
-    };
-    let method = PaymentMethod {
-        kind: text(raw.kind, "type", true),
-        label: text(raw.label, "label", false),
-        reference: text(raw.reference, "reference", false),
-    };
-    to_raw_value(&method).ok().map(|raw| raw.get().to_owned())
-}
-
-/// Whether a text has 13 to 19 digits, with blanks or hyphens between, that satisfy the check of card
-/// numbers (ISO/IEC 7812-1, Luhn).
-fn holds_card_number(text: &str) -> bool {
-    let joined: String = text.chars().filter(|letter| !" -".contains(*letter)).collect();
-    let runs = joined.split(|letter: char| !letter.is_ascii_digit());
-    runs.filter(|run| (13..=19).contains(&run.len())).any(satisfies_luhn)
-}
-
-fn satisfies_luhn(digits: &str) -> bool {
-    let sum: u32 = digits
-        .bytes()
-        .rev()
-        .enumerate()
-        .map(|(place, digit)| {
-            let digit = u32::from(digit - b'0') << (place % 2);
-            if digit > 9 { digit - 9 } else { digit }
-        })
-        .sum();
-    sum.is_multiple_of(10)
-}
-
-/// Whether it is an officially assigned code of ISO 3166-1 alpha-2.
-fn is_country(code: &str) -> bool {
-    code.len() == 2 && COUNTRIES.split_ascii_whitespace().any(|known| known == code)
-}
-
-const COUNTRIES: &str = "
-    AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS
-    BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE
-    EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW GY HK HM
-    HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP KE KG KH KI KM KN KP KR KW KY KZ LA LB LC
-    LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO MP MQ MR MS MT MU MV MW MX MY MZ NA
-    NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY QA RE RO RS RU RW
-    SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO
-    TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW";
 
 #[cfg(test)]
 mod tests {

@@ -8,6 +8,10 @@ use serde_json::value::RawValue;
 use crate::decimal::Cents;
 use crate::problem::Problem;
 
+mod objects;
+
+pub use objects::{address, holds_card_number, object, payment_method};
+
 /// What a body says of a field.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Given<T> {
