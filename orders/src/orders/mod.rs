@@ -1,0 +1,11 @@
+//! Orders: how one is made, what may happen to it, and what is told of it.
+
+pub mod change;
+pub mod create;
+pub mod idempotency;
+pub mod input;
+pub mod list;
+pub mod order;
+pub mod routes;
+pub mod store;
+pub mod sweep;
