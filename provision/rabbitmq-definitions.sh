@@ -30,16 +30,34 @@ permission() { # user, configure, write, read
     "$(json "$1")" "$(json "$RABBITMQ_VHOST")" "$(json "$2")" "$(json "$3")" "$(json "$4")"
 }
 
-# The rights and the policy have patterns: in them the queue's name is quoted.
+# Durable and without arguments, so that any other client's plain declaration is the same.
+topic_exchange() { # name
+  printf '{"name": %s, "vhost": %s, "type": "topic", "durable": true, "auto_delete": false, "internal": false, "arguments": {}}' \
+    "$(json "$1")" "$(json "$RABBITMQ_VHOST")"
+}
+
+# The rights and the policy have patterns: in them the names are quoted.
 # shellcheck disable=SC2001,SC2016 # a class of characters
-queue=$(sed 's/[][\\.|$(){}?+*^]/\\&/g' <<<"$RABBITMQ_QUEUE")
+pattern_of() { sed 's/[][\\.|$(){}?+*^]/\\&/g' <<<"$1"; }
+
+queue=$(pattern_of "$RABBITMQ_QUEUE")
+exchanges=''
 users=$(user "$RABBITMQ_ADMIN_USER" "$RABBITMQ_ADMIN_PASSWORD" "administrator,$broker_tag")
 permissions=$(permission "$RABBITMQ_ADMIN_USER" '.*' '.*' '.*')
 for service in $(services_with broker); do
   name=$(setting "$service" RABBITMQ_USER)
   users+=$',\n    '$(user "$name" "$(setting "$service" RABBITMQ_PASSWORD)" "$broker_tag")
   case $(service_field "$service" broker) in
-    publish) rights=$(permission "$name" "^$queue\$" '^amq\.default$' '') ;;
+    publish)
+      exchange=$(setting "$service" RABBITMQ_EXCHANGE)
+      if [[ -n $exchange ]]; then
+        exchanges+=${exchanges:+$',\n    '}$(topic_exchange "$exchange")
+        exchange=$(pattern_of "$exchange")
+        rights=$(permission "$name" "^($queue|$exchange)\$" "^(amq\\.default|$exchange)\$" '')
+      else
+        rights=$(permission "$name" "^$queue\$" '^amq\.default$' '')
+      fi
+      ;;
     consume) rights=$(permission "$name" "^$queue(\\.dead)?\$" '^amq\.default$' "^$queue(\\.dead)?\$") ;;
   esac
   permissions+=$',\n    '$rights
@@ -58,6 +76,9 @@ cat <<JSON
   ],
   "permissions": [
     $permissions
+  ],
+  "exchanges": [
+    $exchanges
   ],
   "policies": [
     {

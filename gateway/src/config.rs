@@ -28,6 +28,8 @@ pub struct Config {
     pub inventory: upstream::Config,
     /// How customers is called.
     pub customers: upstream::Config,
+    /// How orders is called.
+    pub orders: upstream::Config,
     /// How orders are published.
     pub publisher: Publisher,
     /// The lowest level that is logged.
@@ -56,8 +58,9 @@ impl Config {
             cors: cors(&mut env),
             rate_limit: rate_limit(&mut env, "GATEWAY_RATE_LIMIT"),
             login_rate_limit: rate_limit(&mut env, "GATEWAY_LOGIN_RATE_LIMIT"),
-            inventory: upstream(&mut env, "INVENTORY", ("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 192)),
-            customers: upstream(&mut env, "CUSTOMERS", ("GATEWAY_CUSTOMERS_MAX_IN_FLIGHT", 48)),
+            inventory: upstream(&mut env, "INVENTORY", ("GATEWAY_UPSTREAM_MAX_IN_FLIGHT", 144)),
+            customers: upstream(&mut env, "CUSTOMERS", ("GATEWAY_CUSTOMERS_MAX_IN_FLIGHT", 32)),
+            orders: upstream(&mut env, "ORDERS", ("GATEWAY_ORDERS_MAX_IN_FLIGHT", 56)),
             publisher: Publisher {
                 broker: broker::Config::from_env(&mut env, "GATEWAY"),
                 queue: env.required("RABBITMQ_QUEUE"),
@@ -80,6 +83,7 @@ impl Config {
             let most = (connections * 3 / 4).max(1);
             self.inventory.max_in_flight = self.inventory.max_in_flight.min(most);
             self.customers.max_in_flight = self.customers.max_in_flight.min((most / 4).max(1));
+            self.orders.max_in_flight = self.orders.max_in_flight.min((most / 4).max(1));
             self.publisher.max_in_flight = self.publisher.max_in_flight.min(most);
         }
     }

@@ -1,5 +1,6 @@
-//! The public API: forwards movies and products to inventory and accounts to customers, publishes
-//! `/api/billing` to the queue, and serves the contract. It has no data of its own.
+//! The public API: forwards movies and products to inventory, accounts to customers, and carts and
+//! orders to orders, publishes `/api/billing` to the queue, and serves the contract. It has no data of
+//! its own.
 
 use chassis::health::Probe;
 use chassis::router::{self, RoutedResponse};
@@ -32,6 +33,8 @@ pub struct App {
     pub inventory: Upstream,
     /// Has the accounts and sessions.
     pub customers: Upstream,
+    /// Has the carts and orders.
+    pub orders: Upstream,
     /// Publishes orders.
     pub publisher: Publisher,
     /// Which body came with which idempotency key.
@@ -51,10 +54,12 @@ impl App {
     pub fn new(config: &Config) -> anyhow::Result<(App, Worker)> {
         let inventory = Upstream::new("inventory", config.inventory.clone());
         let customers = Upstream::new("customers", config.customers.clone());
+        let orders = Upstream::new("orders", config.orders.clone());
         let (publisher, worker) = Publisher::new(&config.publisher);
         let probes = vec![
             Probe::new("inventory", inventory.probe())?,
             Probe::new("customers", customers.probe())?,
+            Probe::new("orders", orders.probe())?,
             Probe::new("rabbitmq", publisher.probe())?,
         ];
         let proxies = config.trusted_proxies.clone();
@@ -63,6 +68,7 @@ impl App {
         let app = App {
             inventory,
             customers,
+            orders,
             publisher,
             idempotency: IdempotencyMemory::default(),
             trusted_proxies: proxies,

@@ -4,7 +4,7 @@ use std::io::Read;
 
 use chassis::problem::Problem;
 use chassis::request::{header_bytes, header_value, header_values, request_id};
-use chassis::upstream::{Answer, Upstream};
+use chassis::upstream::{Answer, DEADLINE_HEADER, Upstream};
 use rouille::{Request, Response};
 use ureq::http;
 
@@ -29,6 +29,9 @@ const HOP_BY_HOP: [&str; 12] = [
 /// Headers that name the way of a request; the gateway sets them.
 const FORWARDED: [&str; 3] = ["X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host"];
 
+/// Headers that the gateway sets for each upstream.
+const SET_HERE: [&str; 2] = ["X-Request-Id", DEADLINE_HEADER];
+
 /// Names the client itself, as the gateway knows it; services trust this header.
 const REAL_IP: &str = "X-Real-IP";
 
@@ -44,18 +47,22 @@ pub fn forward(
         data.read_to_end(&mut body).map_err(|err| Problem::internal().with_cause(err))?;
     }
     let headers = set_forwarded_headers(proxies, request, strip_hop_by_hop(request.headers()));
+    // An upstream that calls others answers before the gateway gives up.
+    let deadline = upstream.response_timeout() * 9 / 10;
     let has_body = !body.is_empty() || ["POST", "PUT", "PATCH"].contains(&request.method());
     let build = |origin: &str| {
         let uri = format!("{origin}{}", request.raw_url());
         let mut builder = http::Request::builder().method(request.method()).uri(uri);
         for (name, value) in &headers {
-            if !name.eq_ignore_ascii_case("X-Request-Id") {
+            if !SET_HERE.iter().any(|ours| name.eq_ignore_ascii_case(ours)) {
                 builder = builder.header(name, header_bytes(value));
             }
         }
         // Set here, so that a client cannot remove it by naming it in Connection: the logs of both
         // services are joined by it.
-        let builder = builder.header("X-Request-Id", request_id(request));
+        let builder = builder
+            .header("X-Request-Id", request_id(request))
+            .header(DEADLINE_HEADER, deadline.as_millis().to_string());
         builder.body(has_body.then(|| body.clone()))
     };
     // RFC 9110 section 9.2.1.

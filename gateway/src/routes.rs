@@ -16,6 +16,11 @@ pub const ROUTES: &[Route<App>] = &[
     route("*", "/api/v1/auth/*", customers),
     route("*", "/api/v1/users/*", customers),
     route("*", "/.well-known/*", customers),
+    route("*", "/api/v1/carts/*", orders),
+    route("*", "/api/v1/orders/*", orders),
+    route("*", "/api/v1/webhooks/*", orders),
+    route("*", "/v1/order", orders),
+    route("*", "/orders/*", orders),
     route("GET", "/health", |_, _, _| Ok(health::liveness())),
     route("GET", "/health/ready", |app, _, _| Ok(health::readiness(&app.probes))),
     route("GET", "/openapi.yaml", |_, request, _| Ok(docs::openapi_yaml(request))),
@@ -33,6 +38,11 @@ fn inventory(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, P
 /// Everything of accounts and sessions: customers has the routes.
 fn customers(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
     proxy::forward(&app.customers, &app.trusted_proxies, request)
+}
+
+/// Everything of carts and orders: orders has the routes.
+fn orders(app: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem> {
+    proxy::forward(&app.orders, &app.trusted_proxies, request)
 }
 
 /// `GET /docs/{asset}`
@@ -57,6 +67,8 @@ fn root(_: &App, request: &Request, _: &Params<'_>) -> Result<Response, Problem>
                 "products": "/api/v1/products",
                 "billing": "/api/billing",
                 "users": "/api/v1/users",
+                "carts": "/api/v1/carts/me",
+                "orders": "/api/v1/orders",
                 "login": "/api/v1/auth/login",
                 "health": "/health/ready",
             },

@@ -96,6 +96,6 @@ end
 if $PROGRAM_NAME == __FILE__
   Machines.all(File.expand_path("../..", __dir__)).each do |machine|
     puts "#{machine.name} #{machine.ip} #{machine.memory_mb} MB: #{machine.services.map(&:name).join(" ")}"
-    machine.settings.each { |name, value| puts "  #{name}#{"=#{value}" unless name.end_with?("PASSWORD")}" }
+    machine.settings.each { |name, value| puts "  #{name}#{"=#{value}" unless name.match?(/(PASSWORD|SECRETS|KEYS)\z/)}" }
   end
 end
