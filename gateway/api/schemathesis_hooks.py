@@ -15,7 +15,7 @@ def map_body(context, body):
     For JSON Schema 99.0 is an integer like 99; the services take 99 only.
     """
     if isinstance(body, dict):
-        for name in ("number_of_items", "on_hand", "change"):
+        for name in ("number_of_items", "on_hand", "change", "quantity", "user_id"):
             number = body.get(name)
             if isinstance(number, float) and number.is_integer():
                 body = {**body, name: int(number)}

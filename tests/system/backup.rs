@@ -94,7 +94,7 @@ fn a_restore_that_is_refused_changes_nothing() {
     saved.backup(&backup);
     let read = |name: &str| fs::read(backup.0.join(name)).unwrap();
     let (movies, orders) = (read("inventory.dump"), read("billing.dump"));
-    let users = read("customers.dump");
+    let (users, carts) = (read("customers.dump"), read("orders.dump"));
     saved.orders().superuser().batch_execute("create table later (id int)").unwrap();
     saved.backup(&backup);
     let later = read("billing.dump");
@@ -102,10 +102,11 @@ fn a_restore_that_is_refused_changes_nothing() {
     let before = present.contents();
     let refused = |inventory: Option<&[u8]>, billing: Option<&[u8]>, reason: &str| {
         let folder = Folder::new();
-        let customers = Some(&*users);
+        let (customers, orders) = (Some(&*users), Some(&*carts));
         for (name, dump) in [
             ("inventory.dump", inventory),
             ("customers.dump", customers),
+            ("orders.dump", orders),
             ("billing.dump", billing),
         ] {
             if let Some(dump) = dump {

@@ -10,6 +10,7 @@ mod logs;
 mod migrations;
 mod movies_db;
 mod provision;
+mod purchase;
 mod repo_lint;
 mod secrets;
 mod settings;

@@ -197,7 +197,8 @@ fn the_names_of_queues_virtual_hosts_and_logins_may_have_any_character() {
     let folder = Folder::new();
     let names = "RABBITMQ_QUEUE=or+ders.(new)$[1]{2}|^*?\\\nRABBITMQ_VHOST=a \"host\\/é\n\
         RABBITMQ_ADMIN_USER=admin\nRABBITMQ_ADMIN_PASSWORD=x\nGATEWAY_RABBITMQ_USER=g \"\\\n\
-        GATEWAY_RABBITMQ_PASSWORD=\"\\\nBILLING_RABBITMQ_USER=b\nBILLING_RABBITMQ_PASSWORD=x\n";
+        GATEWAY_RABBITMQ_PASSWORD=\"\\\nORDERS_RABBITMQ_USER=o\nORDERS_RABBITMQ_PASSWORD=x\n\
+        ORDERS_RABBITMQ_EXCHANGE=a.b \"c\nBILLING_RABBITMQ_USER=b\nBILLING_RABBITMQ_PASSWORD=x\n";
     fs::write(folder.env_file(), names).unwrap();
     let mut definitions = Command::new(repository_root().join("provision/rabbitmq-definitions.sh"));
     for name in dotenv().keys() {
@@ -210,7 +211,11 @@ fn the_names_of_queues_virtual_hosts_and_logins_may_have_any_character() {
     assert_eq!(definitions["vhosts"][0]["name"], "a \"host\\/é");
     assert_eq!(definitions["users"][1]["name"], "g \"\\");
     assert_eq!(definitions["permissions"][1]["configure"], format!("^{quoted}$"));
-    assert_eq!(definitions["permissions"][2]["read"], format!(r"^{quoted}(\.dead)?$"));
+    let both = format!(r#"^({quoted}|a\.b "c)$"#);
+    assert_eq!(definitions["permissions"][2]["configure"], both);
+    assert_eq!(definitions["permissions"][2]["write"], r#"^(amq\.default|a\.b "c)$"#);
+    assert_eq!(definitions["exchanges"][0]["name"], "a.b \"c");
+    assert_eq!(definitions["permissions"][3]["read"], format!(r"^{quoted}(\.dead)?$"));
     assert_eq!(definitions["policies"][0]["pattern"], format!("^{quoted}$"));
     let dead = &definitions["policies"][0]["definition"]["dead-letter-routing-key"];
     assert_eq!(dead, r"or+ders.(new)$[1]{2}|^*?\.dead");

@@ -116,7 +116,7 @@ fn place(app: &App, context: Context, plan: Plan) -> Result<Response, Problem> {
         }
     };
     let mut holds_stock = false;
-    make(app, context, &plan, order_id, &mut holds_stock).map_err(|problem| {
+    make(app, context, &plan, order_id, &mut holds_stock).inspect_err(|problem| {
         let cleaned = match problem.status() {
             // The same request may succeed later, and goes on with the same order.
             500.. => match &plan.key {
@@ -134,7 +134,6 @@ fn place(app: &App, context: Context, plan: Plan) -> Result<Response, Problem> {
         if holds_stock {
             app.stock.wake();
         }
-        problem
     })
 }
 
