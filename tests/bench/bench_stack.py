@@ -29,7 +29,7 @@ local threads, requests, next = 0, {}, 0
 function setup(thread) threads = threads + 1; thread:set("seed", threads) end
 function init(args)
   local kind, rows = args[1], tonumber(args[2])
-  holds, json = kind == "hold", { ["Content-Type"] = "application/json" }
+  holds, buys, token, json = kind == "hold", kind == "buy", args[3], { ["Content-Type"] = "application/json" }
   math.randomseed(os.time() * 100 + seed)
   for i = 1, 4096 do
     local n = math.random(rows)
@@ -41,6 +41,7 @@ function init(args)
       requests[i] = wrk.format("GET", "/api/v1/products?search=" .. texts[math.random(#texts)])
     elseif kind == "hold" then requests[i] = '{"hold_seconds":3600,"lines":[{"sku":"p' .. n .. '","quantity":1}]}'
     elseif kind == "get" then requests[i] = wrk.format("GET", args[3], args[4] and { Authorization = "Bearer " .. args[4] })
+    elseif kind == "buy" then requests[i] = '{"items":[{"sku":"p' .. n .. '","quantity":1}]}'
     elseif kind == "login" then requests[i] = wrk.format("POST", "/api/v1/auth/login", json, args[3])
     elseif kind == "add" then requests[i] = wrk.format("POST", "/api/movies", json,
       '{"title":"Movie ' .. n .. '","description":"' .. args[3] .. '"}')
@@ -51,9 +52,13 @@ end
 function request()
   next = next + 1
   local made = requests[next % 4096 + 1]
-  if not holds then return made end
+  if not holds and not buys then return made end
   -- Each order once, in this run and in others.
   local order = string.format("%08x-%04x-7000-8000-%012x", math.random(0, 0x7fffffff), seed, next)
+  if buys then
+    return wrk.format("POST", "/api/v1/orders",
+      { ["Content-Type"] = "application/json", ["Idempotency-Key"] = order, Authorization = "Bearer " .. token }, made)
+  end
   return wrk.format("PUT", "/internal/reservations/" .. order, json, made)
 end
 function done(summary, latency)
@@ -93,6 +98,48 @@ from unnest(array[:id::uuid], array[0], array['p' || :n::text], array[1], array[
     as lines (order_id, position, sku, quantity, name, price)
 on conflict (order_id, sku) do update
 set name = excluded.name, unit_price = excluded.unit_price;
+commit;
+"""
+# The statements of an order of orders/create.rs with an idempotency key, one line.
+ORDER = """\\set n random(1, {rows})
+select gen_random_uuid() as id, gen_random_uuid() as event \\gset
+insert into idempotency_keys as known (user_id, key, digest, order_id, locked_until)
+values (1, :id::text, sha256(:id::text::bytea), :id::uuid, clock_timestamp() + 14.5 * interval '1 second')
+on conflict (user_id, key) do update
+set digest = excluded.digest,
+    order_id = case when known.digest = excluded.digest then known.order_id else excluded.order_id end,
+    locked_until = excluded.locked_until
+where known.answer is null and known.locked_until <= clock_timestamp()
+returning order_id;
+begin;
+with made as (
+    insert into orders (id, user_id, customer_email, items_total, shipping_cost, tax_amount, total_amount, currency,
+        created_at, updated_at)
+    values (:id::uuid, 1, 'bench@example.org', 9.99, 0, 0, 9.99, 'EUR', now(), now())
+    on conflict (id) do nothing
+    returning id
+), lined as (
+    insert into order_lines (order_id, position, sku, name, unit_price, quantity, line_total)
+    select made.id, place - 1, sku, name, price::numeric, quantity, total::numeric
+    from made
+    cross join unnest(array['p' || :n::text], array['a name'], array['9.99'], array[1], array['9.99'])
+        with ordinality as line (sku, name, price, quantity, total, place)
+)
+select count(*) from made;
+update idempotency_keys
+set etag = 'a tag', answer = repeat('x', 1000)
+where user_id = 1 and key = :id::text and order_id = :id::uuid and answer is null;
+with event as (
+    insert into order_events (id, order_id, version, type, status, actor, actor_id, reason, occurred_at)
+    values (:event::uuid, :id::uuid, 1, 'created', 'pending', 'customer', 1, null, now())
+), told as (
+    insert into outbox (order_id, message_id, target, routing_key, body)
+    select :id::uuid, message_id, target, routing_key, body
+    from unnest(array['a', 'b'], array['exchange', 'exchange'], array['order.created', 'created_order'],
+        array[repeat('x', 900), repeat('x', 250)]) with ordinality as message (message_id, target, routing_key, body, place)
+    order by place
+)
+insert into stock_commands (order_id, command) select :id::uuid, 'confirm';
 commit;
 """
 TEXT = "A film of which this text says so much that an answer has some three hundred bytes."
@@ -182,7 +229,7 @@ class Stack:
                 "PostgreSQL": int((self.servers / "postgres/data/postmaster.pid").read_text().split()[0]),
                 "RabbitMQ": int((self.servers / "rabbitmq/pid").read_text()),
             }
-            self.start("customers", "inventory", "gateway")
+            self.start("customers", "inventory", "orders", "gateway")
         except BaseException:
             self.__exit__()
             raise
@@ -307,6 +354,13 @@ class Stack:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPBasicAuthHandler(passwords))
         return opener.open(urllib.request.Request(url, method=method), timeout=60).read()
 
+    def metric(self, service, name):
+        """The sum of a metric over its labels."""
+        url = f"http://{self.env[f'{service.upper()}_METRICS_LISTEN']}/metrics"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        lines = opener.open(url, timeout=10).read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
     # --- one measurement
 
     def cost(self, parts, work):
@@ -351,15 +405,15 @@ class Stack:
                    f"http://127.0.0.1:{self.port(service)}", "--", kind, rows, *arguments]
         return json.loads(run(command, self.env).splitlines()[-1])
 
-    def bench_sql(self, clients, script, rows):
+    def bench_sql(self, clients, script, rows, service="INVENTORY"):
         (self.directory / "pgbench.sql").write_text(script.format(rows=rows))
         logs = self.directory / "transactions"
         command = [self.pgbench, "-n", "-M", "prepared", "-c", clients, "-j", min(2, clients), "-T", self.seconds,
                    "-f", self.directory / "pgbench.sql", "-D", f"text={TEXT}", "--log", "--log-prefix", logs,
-                   "--sampling-rate", "0.1", self.env["INVENTORY_DB_NAME"]]
+                   "--sampling-rate", "0.1", self.env[f"{service}_DB_NAME"]]
 
         def work():
-            out = run(command, self.database_env("INVENTORY_DB_USER"))
+            out = run(command, self.database_env(f"{service}_DB_USER"))
             number = lambda start: float(next(l for l in out.splitlines() if l.startswith(start)).split("=")[1].split()[0])
             latencies = sorted(int(line.split()[2]) / MS for path in self.directory.glob("transactions.*")
                                for line in path.read_text().splitlines())

@@ -16,6 +16,7 @@ mod database;
 mod mutants;
 mod network;
 mod operations;
+mod orders;
 mod outage;
 mod overload;
 mod partitions;
@@ -55,6 +56,7 @@ const CASES: &[&[Case]] = &[
     poison::CASES,
     customers::CASES,
     stock::CASES,
+    orders::CASES,
 ];
 
 const USAGE: &str = "\

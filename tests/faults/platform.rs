@@ -86,7 +86,7 @@ impl Platform {
     /// Waits until the gateway and billing say that all they need is there. The gateway's
     /// readiness includes inventory's.
     pub(crate) fn wait_until_ready(&self) {
-        for service in ["gateway", "billing"] {
+        for service in ["gateway", "orders", "billing"] {
             self.stack.wait_until_ready(service, RECOVERY_S);
         }
     }

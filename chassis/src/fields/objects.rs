@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
+use uuid::Uuid;
 
 use super::{Errors, Given};
 use crate::request::deserialize_present;
@@ -125,12 +126,36 @@ pub fn payment_method(raw: Option<&RawValue>, field: &str, errors: &mut Errors) 
     to_raw_value(&method).ok().map(|raw| raw.get().to_owned())
 }
 
-/// Whether a text has 13 to 19 digits, with blanks or hyphens between, that satisfy the check of card
-/// numbers (ISO/IEC 7812-1, Luhn).
+/// Whether a text has 13 to 19 digits that satisfy the check of card numbers (ISO/IEC 7812-1, Luhn):
+/// in one piece, or in groups with blanks or hyphens between, where no letter touches them. So a UUID is
+/// none, whatever its digits are.
 pub fn holds_card_number(text: &str) -> bool {
-    let joined: String = text.chars().filter(|letter| !" -".contains(*letter)).collect();
-    let runs = joined.split(|letter: char| !letter.is_ascii_digit());
-    runs.filter(|run| (13..=19).contains(&run.len())).any(satisfies_luhn)
+    let is_number = |digits: &str| (13..=19).contains(&digits.len()) && satisfies_luhn(digits);
+    if Uuid::try_parse(text).is_ok() {
+        return false;
+    }
+    if text.split(|letter: char| !letter.is_ascii_digit()).any(is_number) {
+        return true;
+    }
+    let is_separator = |letter: char| " -".contains(letter);
+    let is_part = |letter: char| letter.is_ascii_digit() || is_separator(letter);
+    // What stands directly before the group, if no separator is between.
+    let mut before: Option<char> = None;
+    for part in text.split_inclusive(|letter: char| !is_part(letter)) {
+        let behind = part.chars().next_back().filter(|letter| !is_part(*letter));
+        let group = behind.map_or(part, |behind| &part[..part.len() - behind.len_utf8()]);
+        let touches = |letter: Option<char>, separated: bool| {
+            !separated && letter.is_some_and(char::is_alphanumeric)
+        };
+        let is_alone = !touches(before, group.starts_with(is_separator))
+            && !touches(behind, group.ends_with(is_separator));
+        let digits: String = group.chars().filter(char::is_ascii_digit).collect();
+        if is_alone && is_number(&digits) {
+            return true;
+        }
+        before = behind;
+    }
+    false
 }
 
 fn satisfies_luhn(digits: &str) -> bool {
@@ -160,3 +185,35 @@ const COUNTRIES: &str = "
     NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY QA RE RO RS RU RW
     SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO
     TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_a_card_is_found_and_a_uuid_is_none() {
+        for card in [
+            "4111111111111111",
+            "4111 1111 1111 1111",
+            "x 3782-822463-10005 y",
+            "tok_4111111111111111",
+            "(4111-1111-1111-1111)",
+            "card4111111111111111",
+        ] {
+            assert!(holds_card_number(card), "{card}");
+        }
+        for other in [
+            "4111111111111112",
+            "tok_4111111111",
+            "123456789012",
+            "4111 1111 1111 1111 1111",
+            "a4111 1111 1111 1111",
+            "4111 1111 1111 1111b",
+            // The digits of its last two groups satisfy the check.
+            "01a21d3a-aad1-766d-4111-111111111111",
+            "pay-01a21d3a-aad1-766d-8411-1111111111a1",
+        ] {
+            assert!(!holds_card_number(other), "{other}");
+        }
+    }
+}

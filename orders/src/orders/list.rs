@@ -73,11 +73,11 @@ pub fn list(app: &App, request: &Request, _: &Params) -> Result<Response, Proble
 impl ListQuery {
     fn parse(text: &str, principal: &auth::Principal) -> Result<ListQuery, Problem> {
         let mut query = Query::parse(text, &["status", "user_id", "published", "limit", "after"])?;
-        let status = query.text("status", 20).map(|name| Status::parse(&name));
+        let status = query.value("status").map(|name| Status::parse(&name));
         if status == Some(None) {
             query.error("status", "must be pending, processing, shipped, delivered or canceled");
         }
-        let after = query.text("after", 64).map(|id| id.parse().ok());
+        let after = query.value("after").map(|id| id.parse().ok());
         if after == Some(None) {
             query.error("after", "must be the id of an order");
         }
