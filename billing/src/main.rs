@@ -1,6 +1,6 @@
 //! Starts the billing service: the queue's consumer, and HTTP for health and metrics.
 
-use std::process::{self, ExitCode};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -47,7 +47,10 @@ fn serve() -> anyhow::Result<()> {
     let stop = Stop::on_signals()?;
     let status = Arc::new(consumer::Status::default());
     let app = App::new(&config, Arc::clone(&status))?;
-    force_exit_after(SHUTDOWN_TIMEOUT, &stop)?;
+    stop.force_exit_after(
+        SHUTDOWN_TIMEOUT,
+        "stopped in the middle of a batch: it will be delivered again",
+    )?;
 
     thread::scope(|scope| {
         stop.spawn_critical(scope, "consumer", || consumer::run(&config, &stop, &status))?;
@@ -57,16 +60,4 @@ fn serve() -> anyhow::Result<()> {
         stop.request();
         served
     })
-}
-
-fn force_exit_after(timeout: Duration, stop: &Stop) -> anyhow::Result<()> {
-    let stop = stop.clone();
-    thread::Builder::new().name("shutdown".into()).spawn(move || {
-        while !stop.sleep(Duration::from_secs(3600)) {}
-        thread::sleep(timeout);
-        log::warn!("stopped in the middle of a batch: it will be delivered again");
-        log::logger().flush();
-        process::exit(1);
-    })?;
-    Ok(())
 }

@@ -1,5 +1,6 @@
 //! A request to stop, shared by all threads of a process.
 
+use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, Scope};
@@ -52,6 +53,20 @@ impl Stop {
         let mut lock = self.0.lock.lock();
         self.0.wake.wait_while_for(&mut lock, |()| !self.is_requested(), pause);
         self.is_requested()
+    }
+
+    /// Ends the process at the latest so long after a stop was requested, for threads that may wait for
+    /// a server longer than that; `why` is the line in the log.
+    pub fn force_exit_after(&self, timeout: Duration, why: &'static str) -> anyhow::Result<()> {
+        let stop = self.clone();
+        thread::Builder::new().name("shutdown".into()).spawn(move || {
+            while !stop.sleep(Duration::from_secs(3600)) {}
+            thread::sleep(timeout);
+            log::warn!("{why}");
+            log::logger().flush();
+            process::exit(1);
+        })?;
+        Ok(())
     }
 
     /// Starts a named thread that the process cannot work without. When it ends or panics, the

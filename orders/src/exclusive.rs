@@ -42,8 +42,16 @@ impl Session<'_> {
 
 /// Opens a session and takes its lock; `None` where another session holds it.
 pub fn open(config: &db::Config, lock: Lock) -> anyhow::Result<Option<Session<'_>>> {
-    let mut session = Session { config, client: config.connect()? };
+    let mut session = connect(config)?;
     Ok(try_lock(&mut session, lock)?.then_some(session))
+}
+
+/// What these threads write need not be on the disk at once: work that is not marked as done because of
+/// a crash of PostgreSQL is done again, which is harmless.
+fn connect(config: &db::Config) -> anyhow::Result<Session<'_>> {
+    let mut session = Session { config, client: config.connect()? };
+    session.statement(|client| client.batch_execute("set synchronous_commit = off"))?;
+    Ok(session)
 }
 
 fn try_lock(session: &mut Session<'_>, lock: Lock) -> anyhow::Result<bool> {
@@ -91,7 +99,7 @@ fn step<'s>(
 ) -> anyhow::Result<bool> {
     let (session, is_locked) = match session {
         Some(open) => open,
-        none => none.insert((Session { config, client: config.connect()? }, false)),
+        none => none.insert((connect(config)?, false)),
     };
     if !*is_locked {
         *is_locked = try_lock(session, lock)?;

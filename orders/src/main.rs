@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use chassis::{Env, Stop, logging, router, server};
 use orders::config::Config;
@@ -18,6 +19,10 @@ Carts and orders.
   orders outbox …    lists the messages that wait to be published, and publishes
                      them; see orders outbox --help
 ";
+
+/// After a stop signal the process ends by then in any case. What the threads had not finished is done
+/// by the next process.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(4700);
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -43,6 +48,8 @@ fn serve() -> anyhow::Result<()> {
     config.http.clamp_to_fd_limit(3, config.db.pool_size as usize + 10);
     let stop = Stop::on_signals()?;
     let app = Arc::new(App::new(&config, &stop)?);
+    let why = "stopped while the broker or inventory was waited for: it will be done again";
+    stop.force_exit_after(SHUTDOWN_TIMEOUT, why)?;
     thread::scope(|scope| {
         let (app, config, stop) = (&app, &config, &stop);
         stop.spawn_critical(scope, "outbox-relay", move || outbox::relay::run(app, config, stop))?;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Accounts and products to try the store with, on this machine only.
+# Accounts, products and carts to try the store with, on this machine only.
 # Sourced by provision/local after accounts.sh.
 # shellcheck disable=SC2154 # the variables are those of .env
 
@@ -17,7 +17,7 @@ popcorn-salted|Popcorn, Salted|2.99|500|100 g
 popcorn-sweet|Popcorn, Sweet|2.99|500|100 g
 gift-card|Gift Card|24.99|1000|For one year'
 
-# Two administrators, two customers and a dozen products; what is there stays.
+# Two administrators, two customers with a cart each, and a dozen products; what is there stays.
 demo() {
   local email service host token sku name price on_hand description
   for service in $(services); do
@@ -57,6 +57,15 @@ demo() {
       *) die "the product $sku: $demo_status $demo_body" ;;
     esac
   done <<<"$demo_products"
+  for email in ${DEMO_CUSTOMERS//,/ }; do
+    demo_request POST /api/v1/auth/login "{\"email\":\"$email\",\"password\":\"$DEMO_PASSWORD\"}"
+    token=$(sed --regexp-extended 's/.*"access_token":"([^"]+)".*/\1/' <<<"$demo_body")
+    for sku in family-box popcorn-sweet; do
+      demo_request PUT "/api/v1/carts/me/items/$sku" '{"quantity":2}' "$token"
+      [[ $demo_status == 200 ]] || die "the cart of $email: $demo_status $demo_body"
+    done
+    echo "in the cart of $email: two family-box and two popcorn-sweet"
+  done
   show_login "${DEMO_ADMINS%%,*}" "$DEMO_PASSWORD"
 }
 

@@ -5,7 +5,8 @@
 -- Messages for the broker. Of one order they are published in the order of their ids.
 create table outbox (
     id bigint generated always as identity primary key,
-    order_id uuid not null references orders,
+    -- No foreign key, which would cost each message a look: orders are never deleted.
+    order_id uuid not null,
     -- The message's id at the broker; a receiver recognises a repetition by it.
     message_id text not null,
     -- queue: to RABBITMQ_QUEUE; exchange: to the exchange of orders
@@ -17,9 +18,7 @@ create table outbox (
 );
 
 create index outbox_pending on outbox (id) where published_at is null;
-create index outbox_pending_orders on outbox (order_id) where published_at is null;
-create index outbox_published_at on outbox (published_at) where published_at is not null;
--- For publishing the messages of an order again.
+-- Whether all messages of an order are published, and for publishing them again.
 create index outbox_order_id on outbox (order_id, id);
 
 -- Calls of inventory. Of one order they are made in the order of their ids.
@@ -38,8 +37,6 @@ create table stock_commands (
 );
 
 create index stock_commands_pending on stock_commands (id) where done_at is null;
-create index stock_commands_pending_orders on stock_commands (order_id, id) where done_at is null;
-create index stock_commands_done_at on stock_commands (done_at) where done_at is not null;
 
 -- Events of payment and shipping providers, by the id that the provider gave.
 create table webhook_events (

@@ -104,7 +104,8 @@ commit;
 ORDER = """\\set n random(1, {rows})
 select gen_random_uuid() as id, gen_random_uuid() as event \\gset
 insert into idempotency_keys as known (user_id, key, digest, order_id, locked_until)
-values (1, :id::text, sha256(:id::text::bytea), :id::uuid, clock_timestamp() + 14.5 * interval '1 second')
+select 1, :id::text, sha256(:id::text::bytea), :id::uuid, clock_timestamp() + 14.5 * interval '1 second'
+from (select set_config('synchronous_commit', 'off', true)) as setting
 on conflict (user_id, key) do update
 set digest = excluded.digest,
     order_id = case when known.digest = excluded.digest then known.order_id else excluded.order_id end,

@@ -68,11 +68,15 @@ pub enum Claim {
     OtherRequest,
 }
 
+// A claim need not be on the disk: where PostgreSQL has lost it in a crash, the attempt that has made it
+// finds that, and a repetition begins with another order. The other one's stock expires.
+//
 // A key whose attempt has failed or was given up is claimed again: by the same request with the same
 // order, by another one with another.
 const CLAIM: &str = "
     insert into idempotency_keys as known (user_id, key, digest, order_id, locked_until)
-    values ($1, $2, $3, $4, clock_timestamp() + $5 * interval '1 second')
+    select $1, $2, $3, $4, clock_timestamp() + $5::float8 * interval '1 second'
+    from (select set_config('synchronous_commit', 'off', true)) as setting
     on conflict (user_id, key) do update
     set digest = excluded.digest,
         order_id = case

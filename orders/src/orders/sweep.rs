@@ -1,7 +1,7 @@
 //! Cancels orders that are not paid in time, forgets old idempotency keys and published messages, and
 //! measures what waits. In small steps; two instances do it beside each other.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use chassis::Stop;
 use chassis::backoff::RetryLog;
@@ -77,11 +77,11 @@ pub fn expire(db: &mut Db, payment_ttl: Duration) -> Result<i64, Error> {
         let due = "
             select id
             from orders
-            where status = 'pending' and created_at < now() - $1::float8 * interval '1 second'
-            order by created_at
+            where status = 'pending' and id < $1
+            order by id
             limit $2
             for update skip locked";
-        let rows = db.client.query(due, &[&payment_ttl.as_secs_f64(), &ROWS])?;
+        let rows = db.client.query(due, &[&first_id_after(payment_ttl), &ROWS])?;
         for row in &rows {
             renew_deadline();
             let request = change::Request {
@@ -99,6 +99,13 @@ pub fn expire(db: &mut Db, payment_ttl: Duration) -> Result<i64, Error> {
         }
         Ok(rows.len() as i64)
     })
+}
+
+/// The least UUIDv7 of the time so long ago.
+fn first_id_after(age: Duration) -> Uuid {
+    let time = SystemTime::now() - age;
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    uuid::Builder::from_unix_timestamp_millis(since_epoch.as_millis() as u64, &[0; 10]).into_uuid()
 }
 
 /// Sets the gauges.

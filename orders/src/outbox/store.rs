@@ -70,16 +70,12 @@ pub fn pending(db: &mut Db) -> Result<(i64, f64), Error> {
     Ok((row.try_get(0)?, row.try_get(1)?))
 }
 
-/// Deletes up to so many messages that were published a week ago; returns how many there were.
+/// Deletes, of so many oldest messages, those that were published a week ago; returns how many there
+/// were.
 pub fn delete_published(db: &mut Db, rows: i64) -> Result<u64, Error> {
     let delete = "
         delete from outbox
-        where id in (
-            select id
-            from outbox
-            where published_at < now() - interval '7 days'
-            limit $1
-            for update skip locked
-        )";
+        where id in (select id from outbox order by id limit $1)
+        and published_at < now() - interval '7 days'";
     db.client.execute(delete, &[&rows])
 }

@@ -1,6 +1,7 @@
 //! Sends the stock commands to inventory: one thread of all instances, of each order in its order, again
 //! and again until inventory has answered.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use chassis::Stop;
@@ -19,7 +20,7 @@ use crate::upstreams::Context;
 use crate::{App, metrics};
 
 /// The most commands of one look.
-const BATCH_ROWS: i64 = 100;
+const BATCH_ROWS: i64 = 200;
 
 /// The longest pause before a command is sent again.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
@@ -41,9 +42,14 @@ pub fn send_batch(app: &App, session: &mut Session<'_>, stop: &Stop) -> anyhow::
     let commands = session.statement(|client| store::next(client, BATCH_ROWS))?;
     let mut done = Vec::with_capacity(commands.len());
     let mut failed = None;
+    let mut waiting = HashSet::new();
     for pending in &commands {
         if stop.is_requested() {
             break;
+        }
+        if !pending.is_due || waiting.contains(&pending.order_id) {
+            waiting.insert(pending.order_id);
+            continue;
         }
         match send(app, pending) {
             Ok(refusal) => done.push((pending.id, refusal)),
@@ -63,7 +69,7 @@ pub fn send_batch(app: &App, session: &mut Session<'_>, stop: &Stop) -> anyhow::
         session.statement(|client| store::postpone(client, pending.id, pause, &text))?;
         return Err(err);
     }
-    Ok(commands.len() as i64 == BATCH_ROWS || !done.is_empty())
+    Ok(!done.is_empty())
 }
 
 /// Sends a command; the answer is inventory's refusal, if it has refused.

@@ -19,6 +19,8 @@ pub struct PendingCommand {
     pub command: Command,
     /// How often it was sent.
     pub attempts: i32,
+    /// Whether it may be sent now.
+    pub is_due: bool,
 }
 
 /// Adds a command; a part of a transaction.
@@ -27,17 +29,13 @@ pub fn insert(client: &mut Client, order_id: Uuid, command: Command) -> Result<(
     client.execute(insert, &[&order_id, &command.as_str()]).map(drop)
 }
 
-/// The oldest commands that are due, of each order only the first one.
+/// The oldest commands, in their order: also those that are not due yet, because later ones of the same
+/// order must wait for them.
 pub fn next(client: &mut Client, rows: i64) -> Result<Vec<PendingCommand>, Error> {
     let select = "
-        select id, order_id, command, attempts
-        from stock_commands as command
-        where done_at is null and next_at <= now()
-        and not exists (
-            select from stock_commands as earlier
-            where earlier.order_id = command.order_id and earlier.id < command.id
-            and earlier.done_at is null
-        )
+        select id, order_id, command, attempts, next_at <= now() as is_due
+        from stock_commands
+        where done_at is null
         order by id
         limit $1";
     let command = |row: &Row| {
@@ -47,6 +45,7 @@ pub fn next(client: &mut Client, rows: i64) -> Result<Vec<PendingCommand>, Error
             // A constraint of the table allows no other text.
             command: Command::parse(row.try_get("command")?).unwrap_or(Command::Release),
             attempts: row.try_get("attempts")?,
+            is_due: row.try_get("is_due")?,
         })
     };
     client.query(select, &[&rows])?.iter().map(command).collect()
@@ -83,17 +82,12 @@ pub fn pending(db: &mut Db) -> Result<(i64, f64), Error> {
     Ok((row.try_get(0)?, row.try_get(1)?))
 }
 
-/// Deletes up to so many commands that were done a week ago, unless inventory refused them; returns
-/// how many there were.
+/// Deletes, of so many oldest commands, those that were done a week ago, unless inventory refused them;
+/// returns how many there were.
 pub fn delete_done(db: &mut Db, rows: i64) -> Result<u64, Error> {
     let delete = "
         delete from stock_commands
-        where id in (
-            select id
-            from stock_commands
-            where done_at < now() - interval '7 days' and error is null
-            limit $1
-            for update skip locked
-        )";
+        where id in (select id from stock_commands order by id limit $1)
+        and done_at < now() - interval '7 days' and error is null";
     db.client.execute(delete, &[&rows])
 }

@@ -1,6 +1,7 @@
 //! What happens to an order: each event, what is refused, and what follows.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use chassis::testing::http::Reply;
 use orders::orders::sweep;
@@ -231,10 +232,13 @@ fn an_order_that_is_not_paid_in_time_is_canceled() {
     let store = Store::new();
     let (late, paid) = (store.order(), store.order());
     store.pay(&paid);
-    let age = "update orders set created_at = created_at - interval '25 hours'";
-    store.superuser().execute(age, &[]).unwrap();
+    // The time of an id is in whole milliseconds.
+    let between = Instant::now() + Duration::from_millis(2);
+    while Instant::now() < between + Duration::from_millis(2) {
+        thread::yield_now();
+    }
     let new = store.order();
-    let ttl = Duration::from_secs(24 * 3600);
+    let ttl = between.elapsed();
     assert_eq!(store.app.db.write(|db| sweep::expire(db, ttl)).unwrap(), 1);
     let canceled = store.get(&late);
     assert_eq!(canceled["cancellation"]["reason"], "payment expired");

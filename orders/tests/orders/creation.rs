@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::inventory::Mode;
-use crate::{ANNA, BEN, Store, etag, path};
+use crate::{ANNA, BEN, FAILING, Store, etag, path};
 
 const ORDERS: &str = "/api/v1/orders";
 
@@ -273,6 +273,16 @@ fn each_failure_of_inventory_is_answered_rightly_within_the_deadline() {
     assert!([503, 504].contains(&answer.status), "{}", answer.body);
     assert!(started.elapsed() < Duration::from_millis(700));
     assert_eq!(store.count("orders"), 4);
+}
+
+#[test]
+fn customers_that_fail_every_second_time_cost_no_order() {
+    let store = Store::new();
+    for _ in 0..5 {
+        let made = store.ask(FAILING, "POST", ORDERS, &items(&[("a", 1)]));
+        assert_eq!(made.status, 201, "{}", made.body);
+    }
+    assert_eq!((store.count("orders"), store.inventory.count("held")), (5, 5));
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use chassis::testing::http::Reply;
 use chassis::testing::{TestDb, TestVhost, TokenIssuer, dispatch, eventually, test_var};
@@ -39,6 +40,10 @@ struct Store {
 
 const ANNA: i64 = 7;
 const BEN: i64 = 8;
+const FAILING: i64 = 50;
+
+/// How often was asked for [`FAILING`].
+static FAILURES: AtomicUsize = AtomicUsize::new(0);
 
 impl Store {
     fn new() -> Store {
@@ -194,12 +199,15 @@ fn etag(reply: &Reply) -> &str {
     reply.header("ETag").unwrap_or_else(|| panic!("no ETag: {reply:?}"))
 }
 
-/// Users 1 to 99 are there; 13 is disabled, and 50 fails each second time.
+/// Users 1 to 99 are there; 13 is disabled, and for [`FAILING`] each second request fails.
 fn answer_as_customers(stream: &mut TcpStream, request: &str) -> bool {
     let path = request.split(' ').nth(1).unwrap_or_default();
     let id = path.strip_prefix("/internal/users/").and_then(|id| id.parse::<i64>().ok());
     match id {
         None => reply(stream, 200, &json!({ "status": "ok" })),
+        Some(FAILING) if FAILURES.fetch_add(1, Ordering::SeqCst).is_multiple_of(2) => {
+            reply(stream, 500, &json!({ "detail": "a failure" }))
+        }
         Some(id) if id > 99 => reply(stream, 404, &json!({ "detail": "there is no such user" })),
         Some(id) => {
             let user = json!({
