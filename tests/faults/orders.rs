@@ -13,9 +13,8 @@ use amiquip::{
     AmqpProperties, Connection, Exchange, FieldTable, Publish, QueueDeclareOptions,
     QueueDeleteOptions,
 };
-use chassis::Env;
-use chassis::broker::{self, SocketDeadline};
-use chassis::testing::{SetOnDrop, TokenIssuer, eventually, http, test_var};
+use chassis::broker::SocketDeadline;
+use chassis::testing::{SetOnDrop, TokenIssuer, admin_broker, eventually, http, test_var};
 use harness::{FakeUpstream, Reply, agent, send};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -544,14 +543,7 @@ impl Drop for Fixture<'_> {
 }
 
 fn connect_to_broker() -> (Connection, SocketDeadline) {
-    let lookup = |name: &str| match name {
-        "ADMIN_RABBITMQ_USER" => Some(test_var("RABBITMQ_ADMIN_USER")),
-        "ADMIN_RABBITMQ_PASSWORD" => Some(test_var("RABBITMQ_ADMIN_PASSWORD")),
-        name => std::env::var(name).ok(),
-    };
-    let mut env = Env::from_fn(lookup);
-    let config = broker::Config::from_env(&mut env, "ADMIN");
-    let config = env.finish(config).unwrap();
+    let config = admin_broker(&test_var("RABBITMQ_VHOST"));
     eventually("a connection to the broker", 60, || config.connect("campaign").ok())
 }
 

@@ -10,7 +10,7 @@ use amiquip::{AmqpProperties, AmqpValue, Connection, FieldTable, QueueDeleteOpti
 use billing::config::Config;
 use billing::consumer;
 use chassis::broker::{self, Message, Publisher, SocketDeadline, declare_queue};
-use chassis::testing::{TestDb, TestVhost, eventually, management_api, test_var};
+use chassis::testing::{TestDb, TestVhost, admin_broker, eventually, management_api, test_var};
 use chassis::{Env, Stop};
 use postgres::Client;
 
@@ -91,15 +91,7 @@ impl BillingFixture {
 
     /// As the administrator, who may do what the service may not.
     pub(crate) fn admin(&self) -> broker::Config {
-        let vhost = self.vhost.name.clone();
-        let mut env = Env::from_fn(move |name| match name {
-            "RABBITMQ_VHOST" => Some(vhost.clone()),
-            "ADMIN_RABBITMQ_USER" => Some(test_var("RABBITMQ_ADMIN_USER")),
-            "ADMIN_RABBITMQ_PASSWORD" => Some(test_var("RABBITMQ_ADMIN_PASSWORD")),
-            name => std::env::var(name).ok(),
-        });
-        let config = broker::Config::from_env(&mut env, "ADMIN");
-        env.finish(config).unwrap()
+        admin_broker(&self.vhost.name)
     }
 
     /// Publishes messages, each an id (or "" for none) and a body; returns when all are confirmed.

@@ -43,6 +43,25 @@ impl Reply {
         found.map(|(_, value)| value.as_str())
     }
 
+    /// The entity tag, with its quotes; panics where there is none.
+    #[track_caller]
+    pub fn etag(&self) -> &str {
+        self.header("ETag").unwrap_or_else(|| panic!("no ETag: {self:?}"))
+    }
+
+    /// The `detail` of a problem; panics where there is none.
+    #[track_caller]
+    pub fn detail(&self) -> String {
+        self.json()["detail"].as_str().unwrap_or_else(|| panic!("{}", self.body)).to_owned()
+    }
+
+    /// The path in `Link`, if there is a next page.
+    pub fn next(&self) -> Option<String> {
+        let link = self.header("Link")?;
+        let path = link.strip_prefix('<').and_then(|link| link.strip_suffix(">; rel=\"next\""));
+        Some(path.unwrap_or_else(|| panic!("{link}")).to_owned())
+    }
+
     /// The body as JSON; panics with the body when it is none.
     #[track_caller]
     pub fn json(&self) -> Value {

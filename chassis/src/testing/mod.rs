@@ -2,7 +2,7 @@
 //!
 //! - [`TestDb`], [`TestVhost`]: a database and a virtual host of one test's own, on the servers
 //!   that `provision/local test` starts; [`connect_as_superuser`], [`management_api`].
-//! - [`dispatch`]: a request to a service's routes, without a socket.
+//! - [`dispatch()`]: a request to a service's routes, without a socket.
 //! - [`migrations`]: applies and rolls back migrations as `provision/migrate.sh` does.
 //! - [`http`]: one client for every test ([`http::send`], [`http::post`], [`http::raw`]), and
 //!   [`http::metric`], which reads a service's metrics.
@@ -31,10 +31,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use db::{TestDb, connect_as_service, connect_as_superuser, end_other_sessions};
-pub use dispatch::dispatch;
+pub use dispatch::{dispatch, respond};
 #[cfg(feature = "auth")]
 pub use token_issuer::TokenIssuer;
-pub use vhost::{TestVhost, management_api, vhost_path};
+pub use vhost::{TestVhost, admin_broker, management_api, vhost_path};
 
 /// A name that no other test has, in this process or another.
 pub fn unique_name(prefix: &str) -> String {

@@ -5,6 +5,8 @@ use base64::prelude::BASE64_STANDARD;
 use serde_json::Value;
 
 use super::{http, test_var, unique_name};
+use crate::broker;
+use crate::env::Env;
 
 /// A virtual host of one test's own, in which the services' users have the permissions that
 /// they have in the real one; deleted at the end.
@@ -32,6 +34,19 @@ impl TestVhost {
         }
         vhost
     }
+}
+
+/// How the administrator connects to a virtual host: may do what no service may.
+pub fn admin_broker(vhost: &str) -> broker::Config {
+    let vhost = vhost.to_owned();
+    let mut env = Env::from_fn(move |name| match name {
+        "RABBITMQ_VHOST" => Some(vhost.clone()),
+        "ADMIN_RABBITMQ_USER" => Some(test_var("RABBITMQ_ADMIN_USER")),
+        "ADMIN_RABBITMQ_PASSWORD" => Some(test_var("RABBITMQ_ADMIN_PASSWORD")),
+        name => std::env::var(name).ok(),
+    });
+    let config = broker::Config::from_env(&mut env, "ADMIN");
+    env.finish(config).unwrap()
 }
 
 impl Default for TestVhost {

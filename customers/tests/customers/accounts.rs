@@ -292,8 +292,7 @@ fn a_password_is_hashed_again_at_the_login_after_the_parameters_have_changed() {
     let settings = [("CUSTOMERS_ARGON2_MEMORY_KIB", "128")];
     let app = App::new(config(&customers.db.name, &settings), &stop).unwrap();
     let body = json!({ "email": email, "password": PASSWORD }).to_string();
-    let dispatch = |request: &Request| router::dispatch(ROUTES, &app, request);
-    let reply = respond(dispatch, "POST", "/api/v1/auth/login", &[], &body);
+    let reply = dispatch(ROUTES, &app, "POST", "/api/v1/auth/login", &[], &body);
     stop.request();
     assert_eq!(reply.status, 200);
     assert!(hash().starts_with("$argon2id$v=19$m=128,t=1,p=1$"), "{}", hash());

@@ -120,7 +120,7 @@ fn another_service_verifies_tokens_by_itself_and_sees_every_logout() {
         Authenticator::new(config, HttpSource::new(program.internal_address()), &stop).unwrap();
     let status = |token: &str| {
         let header = ("Authorization".into(), format!("Bearer {token}"));
-        let request = Request::fake_http("GET", "/", vec![header], vec![]);
+        let request = rouille::Request::fake_http("GET", "/", vec![header], vec![]);
         other.principal(&request).map_or_else(|problem| problem.status(), |_| 200)
     };
     eventually("the other service has keys", 10, || (status(&token) == 200).then_some(()));

@@ -9,16 +9,15 @@ mod program;
 mod races;
 mod sessions;
 
-use std::io::Read;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use chassis::testing::{TestDb, eventually, test_var};
-use chassis::{Env, Stop, router};
+use chassis::testing::http::Reply;
+use chassis::testing::{TestDb, dispatch, eventually, test_var};
+use chassis::{Env, Stop};
 use customers::App;
 use customers::config::Config;
 use customers::routes::{INTERNAL_ROUTES, ROUTES};
 use postgres::Client;
-use rouille::Request;
 use serde_json::{Value, json};
 
 /// A password that breaks no rule.
@@ -49,12 +48,11 @@ impl Customers {
     }
 
     fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
-        respond(|request| router::dispatch(ROUTES, &self.app, request), method, path, headers, body)
+        dispatch(ROUTES, &self.app, method, path, headers, body)
     }
 
     fn internal(&self, path: &str) -> Reply {
-        let dispatch = |request: &Request| router::dispatch(INTERNAL_ROUTES, &self.app, request);
-        respond(dispatch, "GET", path, &[], "")
+        dispatch(INTERNAL_ROUTES, &self.app, "GET", path, &[], "")
     }
 
     fn send(&self, method: &str, path: &str, token: Option<&str>, body: &Value) -> Reply {
@@ -158,48 +156,6 @@ impl Tokens {
         let text = |name: &str| body[name].as_str().unwrap_or_else(|| panic!("{body}")).to_owned();
         Tokens { access: text("access_token"), refresh: text("refresh_token") }
     }
-}
-
-struct Reply {
-    status: u16,
-    headers: Vec<(String, String)>,
-    body: String,
-}
-
-impl Reply {
-    fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
-        found.map(|(_, value)| value.as_str())
-    }
-
-    #[track_caller]
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|err| panic!("{err}: {}", self.body))
-    }
-
-    /// The `detail` of a problem.
-    #[track_caller]
-    fn detail(&self) -> String {
-        self.json()["detail"].as_str().unwrap_or_else(|| panic!("{}", self.body)).to_owned()
-    }
-}
-
-fn respond(
-    dispatch: impl Fn(&Request) -> router::RoutedResponse,
-    method: &str,
-    path: &str,
-    headers: &[(&str, &str)],
-    body: &str,
-) -> Reply {
-    let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-    let request = Request::fake_http(method, path, headers.collect(), body.as_bytes().to_vec());
-    let result = dispatch(&request).result;
-    let response = result.unwrap_or_else(|problem| problem.into_response("test"));
-    let mut body = String::new();
-    response.data.into_reader_and_size().0.read_to_string(&mut body).unwrap();
-    let headers = response.headers.into_iter();
-    let headers = headers.map(|(name, value)| (name.into_owned(), value.into_owned())).collect();
-    Reply { status: response.status_code, headers, body }
 }
 
 /// An e-mail address that no other account of the test has.

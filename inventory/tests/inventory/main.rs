@@ -5,16 +5,14 @@ mod products;
 mod reservations;
 mod stock;
 
-use std::io::Read;
-
-use chassis::router::{self, Route};
-use chassis::testing::{TestDb, TokenIssuer, eventually, test_var};
+use chassis::testing::http::Reply;
+use chassis::testing::{self, TestDb, TokenIssuer, dispatch, eventually, test_var};
 use chassis::{Env, Stop, db};
 use inventory::App;
 use inventory::config::Config;
 use inventory::routes::{INTERNAL_ROUTES, ROUTES};
 use postgres::Client;
-use rouille::{Request, Response};
+use rouille::Response;
 use serde_json::{Value, json};
 
 /// The database as the service has it, but for its name.
@@ -66,7 +64,7 @@ impl Store {
         let stop = Stop::default();
         let app = Store::app(&db.name, &issuer, &stop, settings);
         eventually("tokens can be verified", 10, || {
-            (send(ROUTES, &app, "GET", "/health/ready", &[], "").status == 200).then_some(())
+            (dispatch(ROUTES, &app, "GET", "/health/ready", &[], "").status == 200).then_some(())
         });
         let admin = issuer.token(1, true);
         Store { app, db, issuer, admin, stop }
@@ -87,7 +85,7 @@ impl Store {
     }
 
     fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
-        send(ROUTES, &self.app, method, path, headers, body)
+        dispatch(ROUTES, &self.app, method, path, headers, body)
     }
 
     /// A request of an administrator, with a body unless that is null.
@@ -112,7 +110,7 @@ impl Store {
     }
 
     fn internal(&self, method: &str, path: &str, body: &Value) -> Reply {
-        send(INTERNAL_ROUTES, &self.app, method, path, &[], &text_of(body))
+        dispatch(INTERNAL_ROUTES, &self.app, method, path, &[], &text_of(body))
     }
 
     /// A product of this price with this many on hand.
@@ -151,73 +149,16 @@ fn text_of(body: &Value) -> String {
     if body.is_null() { String::new() } else { body.to_string() }
 }
 
-struct Reply {
-    status: u16,
-    headers: Vec<(String, String)>,
-    body: String,
+/// The ids of a list of movies.
+fn ids(reply: &Reply) -> Vec<i64> {
+    let movies = reply.json();
+    movies.as_array().unwrap().iter().map(|movie| movie["id"].as_i64().unwrap()).collect()
 }
 
-impl Reply {
-    fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
-        found.map(|(_, value)| value.as_str())
-    }
-
-    fn etag(&self) -> &str {
-        self.header("ETag").unwrap()
-    }
-
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|err| panic!("{err}: {}", self.body))
-    }
-
-    fn ids(&self) -> Vec<i64> {
-        let movies = self.json();
-        movies.as_array().unwrap().iter().map(|movie| movie["id"].as_i64().unwrap()).collect()
-    }
-
-    /// The path in `Link`, if there is a next page.
-    fn next(&self) -> Option<String> {
-        let link = self.header("Link")?;
-        let path = link.strip_prefix('<').and_then(|link| link.strip_suffix(">; rel=\"next\""));
-        Some(path.unwrap_or_else(|| panic!("{link}")).to_owned())
-    }
-}
-
-fn respond(app: &App, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
-    respond_by(ROUTES, app, method, path, headers, body)
-}
-
-fn respond_by(
-    routes: &[Route<App>],
-    app: &App,
-    method: &str,
-    path: &str,
-    headers: &[(&str, &str)],
-    body: &str,
-) -> Response {
-    let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-    let request = Request::fake_http(method, path, headers.collect(), body.as_bytes().to_vec());
-    let answer = router::dispatch(routes, app, &request);
-    answer.result.unwrap_or_else(|problem| problem.into_response("test"))
+fn respond(app: &App, path: &str) -> Response {
+    testing::respond(ROUTES, app, "GET", path, &[], "")
 }
 
 fn ask(app: &App, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
-    send(ROUTES, app, method, path, headers, body)
-}
-
-fn send(
-    routes: &[Route<App>],
-    app: &App,
-    method: &str,
-    path: &str,
-    headers: &[(&str, &str)],
-    body: &str,
-) -> Reply {
-    let response = respond_by(routes, app, method, path, headers, body);
-    let mut body = String::new();
-    response.data.into_reader_and_size().0.read_to_string(&mut body).unwrap();
-    let headers = response.headers.into_iter();
-    let headers = headers.map(|(name, value)| (name.into_owned(), value.into_owned())).collect();
-    Reply { status: response.status_code, headers, body }
+    dispatch(ROUTES, app, method, path, headers, body)
 }

@@ -7,12 +7,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use chassis::db;
+use chassis::testing::http::Reply;
 use chassis::testing::{TestDb, eventually, test_var};
 use inventory::App;
 use postgres::{Client, NoTls};
 use serde_json::{Value, json};
 
-use crate::{Reply, Store, app, ask, config, respond};
+use crate::{Store, app, ask, config, ids, respond};
 
 /// A catalogue of this test's own, empty, and the service in front of it.
 fn inventory() -> (App, TestDb) {
@@ -321,7 +322,7 @@ fn a_deletion_of_all_with_a_query_is_refused_and_deletes_nothing() {
             assert!(refused.body.contains("deletes all movies"), "{}", refused.body);
         }
     }
-    assert_eq!(get(&app, "/api/movies").ids(), [1, 2, 3]);
+    assert_eq!(ids(&get(&app, "/api/movies")), [1, 2, 3]);
     assert_eq!(ask(&app, "DELETE", "/api/movies?", &[], "").status, 200);
 }
 
@@ -563,10 +564,10 @@ fn a_title_is_found_by_any_part_of_it_as_it_stands() {
         ("%zz", vec![]),
     ] {
         let reply = get(&app, &format!("/api/movies?x=1&title={part}"));
-        assert_eq!((reply.status, reply.ids()), (200, found), "{part}");
+        assert_eq!((reply.status, ids(&reply)), (200, found), "{part}");
     }
     assert_eq!(get(&app, "/api/movies?title=nothing").body, "[]");
-    assert_eq!(get(&app, "/api/movies?title=a&limit=1&after=1").ids(), [2]);
+    assert_eq!(ids(&get(&app, "/api/movies?title=a&limit=1&after=1")), [2]);
 }
 
 #[test]
@@ -575,9 +576,9 @@ fn the_pages_that_links_lead_to_hold_every_movie_once_and_in_order() {
     fill(&db, 1300);
     let gaps = "delete from movies where id % 7 = 0 or id between 400 and 480";
     db.superuser().batch_execute(gaps).unwrap();
-    let all = get(&app, "/api/movies").ids();
+    let all = ids(&get(&app, "/api/movies"));
     assert!(all.is_sorted() && all.len() > 1000);
-    let with_1 = get(&app, "/api/movies?title=movie%201").ids();
+    let with_1 = ids(&get(&app, "/api/movies?title=movie%201"));
     for (start, limit, expected) in [
         ("/api/movies?limit=50", 50, &all[..]),
         ("/api/movies?limit=1000", 1000, &all),
@@ -588,14 +589,14 @@ fn the_pages_that_links_lead_to_hold_every_movie_once_and_in_order() {
         while let Some(next) = path {
             let page = get(&app, &next);
             path = page.next();
-            let ids = page.ids();
+            let ids = ids(&page);
             assert!(ids.len() == limit || path.is_none(), "{next}");
             walked.extend(ids);
         }
         assert_eq!(walked, expected, "{start}");
     }
     assert_eq!(get(&app, "/api/movies").next(), None);
-    assert_eq!(get(&app, "/api/movies?after=1299").ids(), [1300]);
+    assert_eq!(ids(&get(&app, "/api/movies?after=1299")), [1300]);
     assert_eq!(get(&app, "/api/movies?after=9223372036854775807&limit=1").body, "[]");
 }
 
@@ -618,14 +619,14 @@ fn a_link_is_there_just_when_there_is_more() {
         fill(&db, wanted - movies);
         movies = wanted;
         let page = get(&app, &format!("/api/movies?limit={limit}"));
-        assert_eq!(page.ids(), (1..=movies.min(limit)).collect::<Vec<_>>());
+        assert_eq!(ids(&page), (1..=movies.min(limit)).collect::<Vec<_>>());
         let next = (movies > limit).then(|| format!("/api/movies?limit={limit}&after={limit}"));
         assert_eq!(page.next(), next, "{movies} movies");
     }
     // Long texts end a page of the database early, not the client's.
     db.superuser().batch_execute("update movies set description = repeat('é', 10000)").unwrap();
     let page = get(&app, "/api/movies?limit=20");
-    assert_eq!(page.ids(), (1..=20).collect::<Vec<_>>());
+    assert_eq!(ids(&page), (1..=20).collect::<Vec<_>>());
     assert_eq!(page.next().as_deref(), Some("/api/movies?limit=20&after=20"));
 }
 
@@ -634,8 +635,7 @@ fn a_long_list_holds_no_connection_while_the_client_reads() {
     let (_, db) = inventory();
     fill(&db, 5000);
     let app = app(db::Config { pool_size: 1, ..config(&db.name) });
-    let (mut reader, size) =
-        respond(&app, "GET", "/api/movies", &[], "").data.into_reader_and_size();
+    let (mut reader, size) = respond(&app, "/api/movies").data.into_reader_and_size();
     assert_eq!(size, None);
     let mut body = Vec::new();
     loop {
@@ -659,7 +659,7 @@ fn a_long_list_holds_no_connection_while_the_client_reads() {
 fn a_short_list_has_a_known_length() {
     let (app, db) = inventory();
     fill(&db, 500);
-    let (_, size) = respond(&app, "GET", "/api/movies", &[], "").data.into_reader_and_size();
+    let (_, size) = respond(&app, "/api/movies").data.into_reader_and_size();
     assert!(size.is_some());
 }
 
@@ -667,7 +667,7 @@ fn a_short_list_has_a_known_length() {
 fn a_list_whose_database_goes_away_breaks_off_with_an_error() {
     let (app, db) = inventory();
     fill(&db, 5000);
-    let (mut reader, _) = respond(&app, "GET", "/api/movies", &[], "").data.into_reader_and_size();
+    let (mut reader, _) = respond(&app, "/api/movies").data.into_reader_and_size();
     let mut start = [0; 1000];
     reader.read_exact(&mut start).unwrap();
     shut(&mut db.superuser(), &db);
@@ -682,7 +682,7 @@ fn a_list_survives_the_loss_of_its_connections() {
     let (app, db) = inventory();
     fill(&db, 5000);
     let mut admin = db.superuser();
-    let (mut reader, _) = respond(&app, "GET", "/api/movies", &[], "").data.into_reader_and_size();
+    let (mut reader, _) = respond(&app, "/api/movies").data.into_reader_and_size();
     let mut body = Vec::new();
     while reader.by_ref().take(30_000).read_to_end(&mut body).unwrap() > 0 {
         cut(&mut admin);
@@ -697,7 +697,7 @@ fn a_list_waits_its_turn_when_all_connections_are_in_use() {
     fill(&db, 1000);
     let pool_timeout = Duration::from_millis(500);
     let app = app(db::Config { pool_size: 1, pool_timeout, ..config(&db.name) });
-    let (mut reader, _) = respond(&app, "GET", "/api/movies", &[], "").data.into_reader_and_size();
+    let (mut reader, _) = respond(&app, "/api/movies").data.into_reader_and_size();
     let mut lock = db.superuser();
     let mut lock = lock.transaction().unwrap();
     lock.batch_execute("lock table movies in access exclusive mode").unwrap();
@@ -738,7 +738,7 @@ fn a_rare_title_among_many_is_found_by_the_index() {
     let fastest = |path: &str, found: &[i64]| {
         let ask = |_| {
             let started = Instant::now();
-            assert_eq!(get(&app, path).ids(), found);
+            assert_eq!(ids(&get(&app, path)), found);
             started.elapsed()
         };
         (0..10).map(ask).min().unwrap()
@@ -767,7 +767,7 @@ fn a_title_is_found_in_any_case_and_in_either_unicode_form() {
         let added = post(&app, &json!({ "title": title }));
         assert_eq!(added.json()["title"], title, "stored as it was sent");
     }
-    for (part, ids) in [
+    for (part, expected) in [
         ("caf%C3%A9", vec![1]),
         ("CAFE%CC%81", vec![1]),
         ("cafe%20", vec![]),
@@ -775,7 +775,7 @@ fn a_title_is_found_in_any_case_and_in_either_unicode_form() {
         ("0%25", vec![3]),
         ("_", vec![]),
     ] {
-        assert_eq!(get(&app, &format!("/api/movies?title={part}")).ids(), ids, "{part}");
+        assert_eq!(ids(&get(&app, &format!("/api/movies?title={part}"))), expected, "{part}");
     }
 }
 
@@ -815,7 +815,7 @@ fn after_an_import_of_the_greatest_possible_id_a_new_movie_is_a_409_that_says_so
     // Everything else goes on.
     let changed = put(&app, "/api/movies/9223372036854775807", &json!({ "title": "C" }));
     assert_eq!(changed.status, 200);
-    assert_eq!(get(&app, "/api/movies").ids(), [1, i64::MAX - 1, i64::MAX]);
+    assert_eq!(ids(&get(&app, "/api/movies")), [1, i64::MAX - 1, i64::MAX]);
     assert_eq!(ask(&app, "DELETE", "/api/movies", &[], "").status, 200);
     assert_eq!(post(&app, &json!({ "title": "Dune" })).json()["id"], 1);
 }
@@ -879,7 +879,7 @@ fn a_question_is_asked_again_and_a_change_is_never_made_twice_when_connections_e
             status => assert_eq!(status, 503),
         }
     }
-    assert_eq!(get(&app, "/api/movies").ids().len(), added);
+    assert_eq!(ids(&get(&app, "/api/movies")).len(), added);
 }
 
 #[test]

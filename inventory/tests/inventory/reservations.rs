@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chassis::testing::{SetOnDrop, eventually};
+use chassis::testing::http::Reply;
+use chassis::testing::{SetOnDrop, dispatch, eventually};
 use inventory::reservations::{store, sweep};
 use inventory::routes::INTERNAL_ROUTES;
 use proptest::prelude::*;
@@ -13,7 +14,7 @@ use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::{Reply, Store, send, text_of};
+use crate::{Store, text_of};
 
 /// The lines of a hold.
 fn lines(lines: &[(&str, i64)]) -> Value {
@@ -285,7 +286,7 @@ fn bad_holds_are_refused_with_one_entry_for_each_field() {
         (0..101).map(|n| json!({ "sku": format!("s{n}"), "quantity": 1 })).collect();
     let body = json!({ "hold_seconds": 1, "lines": many });
     assert_eq!(store.internal("PUT", &path, &body).status, 422);
-    assert_eq!(send(INTERNAL_ROUTES, &store.app, "PUT", &path, &[], "{").status, 400);
+    assert_eq!(dispatch(INTERNAL_ROUTES, &store.app, "PUT", &path, &[], "{").status, 400);
 }
 
 #[test]
@@ -315,7 +316,8 @@ fn of_1000_orders_at_once_for_100_pieces_exactly_100_are_held() {
                         };
                         let body = json!({ "hold_seconds": 600, "lines": lines(wanted) });
                         let path = format!("/internal/reservations/{}", Uuid::now_v7());
-                        let held = send(INTERNAL_ROUTES, app, "PUT", &path, &[], &text_of(&body));
+                        let held =
+                            dispatch(INTERNAL_ROUTES, app, "PUT", &path, &[], &text_of(&body));
                         assert!([200, 409].contains(&held.status), "{}", held.body);
                         held.status == 200
                     };
@@ -343,7 +345,7 @@ fn the_same_order_from_many_clients_is_held_once_with_equal_answers() {
                 .map(|client| {
                     let app = if client % 2 == 0 { &store.app } else { &second };
                     let (path, body) = (&path, &body);
-                    scope.spawn(move || send(INTERNAL_ROUTES, app, "PUT", path, &[], body))
+                    scope.spawn(move || dispatch(INTERNAL_ROUTES, app, "PUT", path, &[], body))
                 })
                 .collect();
             clients.into_iter().map(|client| client.join().unwrap().body).collect()

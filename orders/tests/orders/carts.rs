@@ -5,7 +5,7 @@ use std::thread;
 use serde_json::{Value, json};
 
 use crate::inventory::Mode;
-use crate::{ANNA, BEN, Store, etag};
+use crate::{ANNA, BEN, Store};
 
 const CART: &str = "/api/v1/carts/me";
 
@@ -109,7 +109,7 @@ fn a_change_of_a_cart_may_name_the_version_that_it_wants() {
     let store = Store::new();
     store.add("a", 1);
     let first = store.ask(ANNA, "GET", CART, &Value::Null);
-    let tag = etag(&first).to_owned();
+    let tag = first.etag().to_owned();
     let not_modified = [("If-None-Match", tag.as_str())];
     let get = || store.ask_with(ANNA, "GET", CART, &not_modified, &Value::Null).status;
     assert_eq!(get(), 304);
@@ -128,8 +128,8 @@ fn a_change_of_a_cart_may_name_the_version_that_it_wants() {
     // A change of a price is another answer, and no change of the cart.
     store.inventory.set_price("a", "2.00");
     let third = store.ask(ANNA, "GET", CART, &Value::Null);
-    assert_ne!(etag(&third), etag(&second));
-    assert_eq!(set(etag(&second), 4).status, 200);
+    assert_ne!(third.etag(), second.etag());
+    assert_eq!(set(second.etag(), 4).status, 200);
 }
 
 #[test]

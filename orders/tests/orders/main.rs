@@ -195,10 +195,6 @@ fn path(order: &Value, rest: &str) -> String {
     format!("/api/v1/orders/{}{rest}", order["id"].as_str().unwrap())
 }
 
-fn etag(reply: &Reply) -> &str {
-    reply.header("ETag").unwrap_or_else(|| panic!("no ETag: {reply:?}"))
-}
-
 /// Users 1 to 99 are there; 13 is disabled, and for [`FAILING`] each second request fails.
 fn answer_as_customers(stream: &mut TcpStream, request: &str) -> bool {
     let path = request.split(' ').nth(1).unwrap_or_default();
