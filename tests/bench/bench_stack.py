@@ -346,6 +346,37 @@ class Stack:
         self.sql("INVENTORY", "vacuum analyze products;\nvacuum analyze stock;\ncheckpoint;")
         return ["%20".join(name[:2]) for name in names[:500]]
 
+    def fill_orders(self, rows):
+        """So many delivered orders of one line, with all that follows from them: a plan for an empty table is no plan for
+        one that is in use."""
+        self.sql("ORDERS", f"""
+            begin;
+            create temp table made on commit drop as select gen_random_uuid() as id, n from generate_series(1, {rows}) as n;
+            insert into orders (id, user_id, status, customer_email, items_total, shipping_cost, tax_amount, total_amount, currency,
+                payment_reference, paid_amount, paid_at, carrier, tracking_number, shipped_at, delivered_at, created_at, updated_at)
+            select id, n % 1000 + 1000, 'delivered', 'bench@example.org', 9.99, 0, 0, 9.99, 'EUR',
+                'a payment', 9.99, now(), 'post', n, now(), now(), now(), now() from made;
+            insert into order_lines (order_id, position, sku, name, unit_price, quantity, line_total)
+            select id, 0, 'p' || n % 10000 + 1, 'a name', 9.99, 1, 9.99 from made;
+            insert into order_events (id, order_id, version, type, status, actor, occurred_at)
+            select gen_random_uuid(), id, 1, 'created', 'pending', 'customer', now() from made;
+            insert into idempotency_keys (user_id, key, digest, order_id, locked_until, etag, answer)
+            select n % 1000 + 1000, n, sha256(n::text::bytea), id, now(), 'a tag', repeat('x', 1000) from made;
+            insert into outbox (order_id, message_id, target, routing_key, body, published_at)
+            select id, n, 'exchange', 'order.created', repeat('x', 900), now() from made;
+            insert into stock_commands (order_id, command, done_at) select id, 'confirm', now() from made;
+            commit;""")
+        self.sql("ORDERS", "vacuum analyze;")
+        self.sql("INVENTORY", f"""
+            begin;
+            create temp table made on commit drop as select gen_random_uuid() as id, n from generate_series(1, {rows}) as n;
+            insert into reservations (order_id, state) select id, 'committed' from made;
+            insert into reservation_lines (order_id, position, sku, quantity, name, unit_price)
+            select id, 0, 'p' || n % 10000 + 1, 1, 'a name', 9.99 from made;
+            commit;""")
+        self.sql("INVENTORY", "vacuum analyze reservations; vacuum analyze reservation_lines;")
+        self.sql("INVENTORY", "checkpoint;")
+
     def queue(self, method, path=""):
         """Asks RabbitMQ's management for the queue of orders."""
         vhost, queue = (urllib.parse.quote(self.env[name], safe="") for name in ("RABBITMQ_VHOST", "RABBITMQ_QUEUE"))

@@ -21,8 +21,9 @@ use std::net::Ipv4Addr;
 
 pub use chassis::testing::fake_upstream::{FakeUpstream, answer_ok};
 pub use chassis::testing::http::{Reply, agent, get, post, send};
+pub use chassis::testing::own_address;
 pub use chassis::testing::process::Service;
-pub use stack::{Stack, own_address};
+pub use stack::Stack;
 
 /// Everything that the gateway at this address sends back for `sent` and the end of the stream:
 /// for requests that no client library would send.

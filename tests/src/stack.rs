@@ -2,24 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::{self, Command};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::process::Command;
 
-use chassis::testing::eventually;
 use chassis::testing::http::{self, get};
 use chassis::testing::process::Service;
+use chassis::testing::{eventually, own_address};
 
 use crate::binaries;
 use crate::services::{service, services};
-
-/// An address that no other test has. The whole of 127.0.0.0/8 is this machine's, so services
-/// of different tests never share a port.
-pub fn own_address() -> Ipv4Addr {
-    static NEXT: AtomicU8 = AtomicU8::new(1);
-    let process = process::id();
-    let (high, low) = ((process / 250 % 250) as u8, (process % 250) as u8);
-    Ipv4Addr::new(127, 1 + low, 1 + high, NEXT.fetch_add(1, Ordering::SeqCst))
-}
 
 /// The variables of one set of services: what differs from `.env`.
 #[derive(Clone)]

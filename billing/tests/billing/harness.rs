@@ -1,7 +1,6 @@
 //! A database and a virtual host for one test, and billing between them.
 
 use std::collections::HashMap;
-use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -33,15 +32,13 @@ pub(crate) struct DeadLetter {
 impl BillingFixture {
     pub(crate) fn new() -> BillingFixture {
         let (db, vhost) = (TestDb::new(&test_var("BILLING_DB_NAME")), TestVhost::new());
-        let port = || {
-            let free = TcpListener::bind("127.0.0.1:0").unwrap();
-            free.local_addr().unwrap().port().to_string()
-        };
+        // A free port of 127.0.0.1 may be taken by a connection before billing listens there.
+        let address = own_address();
         let settings = HashMap::from([
             ("BILLING_DB_NAME", db.name.clone()),
             ("RABBITMQ_VHOST", vhost.name.clone()),
-            ("BILLING_PORT", port()),
-            ("BILLING_METRICS_LISTEN", format!("127.0.0.1:{}", port())),
+            ("BILLING_HOST", address.to_string()),
+            ("BILLING_METRICS_LISTEN", format!("{address}:9303")),
         ]);
         BillingFixture { db, vhost, settings }
     }

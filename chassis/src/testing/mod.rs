@@ -24,9 +24,10 @@ mod token_issuer;
 mod vhost;
 
 use std::fmt::Display;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::id;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,15 @@ pub fn unique_name(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     format!("{prefix}_{}_{number}", id())
+}
+
+/// An address that no other test has. The whole of 127.0.0.0/8 is this machine's, so services
+/// of different tests never share a port.
+pub fn own_address() -> Ipv4Addr {
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    let process = id();
+    let (high, low) = ((process / 250 % 250) as u8, (process % 250) as u8);
+    Ipv4Addr::new(127, 1 + low, 1 + high, NEXT.fetch_add(1, Ordering::SeqCst))
 }
 
 /// The repository's root folder.

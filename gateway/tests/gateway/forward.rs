@@ -279,7 +279,7 @@ fn a_slow_inventory_leaves_threads_for_other_routes() {
 
 #[test]
 fn connections_opened_by_a_burst_are_closed_again() {
-    const BURST: usize = 150;
+    const BURST: usize = 140;
     let (stack, gateway) = gateway(|stack| {
         stack.set("GATEWAY_UPSTREAM_RESPONSE_TIMEOUT_MS", 30_000);
     });
