@@ -9,7 +9,9 @@ use amiquip::{AmqpProperties, AmqpValue, Connection, FieldTable, QueueDeleteOpti
 use billing::config::Config;
 use billing::consumer;
 use chassis::broker::{self, Message, Publisher, SocketDeadline, declare_queue};
-use chassis::testing::{TestDb, TestVhost, admin_broker, eventually, management_api, test_var};
+use chassis::testing::{
+    TestDb, TestVhost, admin_broker, eventually, management_api, own_address, test_var,
+};
 use chassis::{Env, Stop};
 use postgres::Client;
 
