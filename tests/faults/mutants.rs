@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -18,6 +18,7 @@ use chassis::router::RoutedResponse;
 use chassis::semaphore::FairSemaphore;
 use chassis::testing::test_var;
 use chassis::{Env, Stop, server};
+use harness::{FakeUpstream, answer_ok};
 use rouille::Request;
 use serde_json::{Value, json};
 
@@ -118,6 +119,11 @@ struct Movies {
 /// last; leaks 4 KiB with each request and a descriptor with every twentieth; stores a question
 /// mark for each character beyond U+FFFF.
 fn inventory() -> anyhow::Result<()> {
+    // Orders is ready only when the internal API answers.
+    let internal: SocketAddr =
+        format!("{}:{}", test_var("INVENTORY_HOST"), test_var("INVENTORY_INTERNAL_PORT"))
+            .parse()?;
+    let _internal = FakeUpstream::start(internal, answer_ok);
     let listener = TcpListener::bind(format!(
         "{}:{}",
         test_var("INVENTORY_HOST"),
