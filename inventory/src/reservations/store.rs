@@ -2,6 +2,10 @@
 //!
 //! Locks are taken in one order: reservations by order id, then stock by sku. So no two transactions
 //! wait for each other.
+//!
+//! A parameter that is an array stands in a subquery, `(select $1::text[])`. Otherwise the planner sees how
+//! many elements it has, and plans the statement anew for each execution, which costs more than executing
+//! it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
@@ -68,7 +72,7 @@ pub type Outcome<T> = Result<T, Refusal>;
 const CLAIM: &str = "
     insert into reservations (order_id, state, expires_at)
     select order_id, 'held', now() + make_interval(secs => seconds)
-    from unnest($1::uuid[], $2::float8[]) as claims (order_id, seconds)
+    from unnest((select $1::uuid[]), (select $2::float8[])) as claims (order_id, seconds)
     order by order_id
     on conflict (order_id) do nothing
     returning order_id, expires_at";
@@ -93,7 +97,7 @@ const LOCK_STOCK: &str = "
     select sku, on_hand - reserved as available, name, price::text,
         retired_at is not null as retired
     from stock join products using (sku)
-    where sku = any($1)
+    where sku = any((select $1::text[])::text[])
     order by sku
     for no key update of stock";
 
@@ -103,12 +107,13 @@ const TAKE: &str = "
     with taken as (
         update stock
         set reserved = reserved + wanted.quantity, updated_at = now()
-        from unnest($1::text[], $2::int[]) as wanted (sku, quantity)
+        from unnest((select $1::text[]), (select $2::int[])) as wanted (sku, quantity)
         where stock.sku = wanted.sku
     )
     insert into reservation_lines (order_id, position, sku, quantity, name, unit_price)
     select order_id, position, sku, quantity, name, price::numeric
-    from unnest($3::uuid[], $4::int[], $5::text[], $6::int[], $7::text[], $8::text[])
+    from unnest((select $3::uuid[]), (select $4::int[]), (select $5::text[]), (select $6::int[]),
+            (select $7::text[]), (select $8::text[]))
         as lines (order_id, position, sku, quantity, name, price)
     on conflict (order_id, sku) do update
     set name = excluded.name, unit_price = excluded.unit_price";

@@ -1,4 +1,8 @@
 //! The SQL that makes and reads orders, one function a query. What changes one is in [`super::change`].
+//!
+//! A parameter that is an array stands in a subquery, `(select $1::text[])`. Otherwise the planner sees how
+//! many elements it has, and plans the statement anew for each execution, which costs more than executing
+//! it.
 
 use std::collections::HashMap;
 use std::time::SystemTime;
@@ -115,8 +119,8 @@ const INSERT: &str = "
         insert into order_lines (order_id, position, sku, name, unit_price, quantity, line_total)
         select made.id, place - 1, sku, name, price::numeric, quantity, total::numeric
         from made
-        cross join unnest($15::text[], $16::text[], $17::text[], $18::int[], $19::text[])
-            with ordinality as line (sku, name, price, quantity, total, place)
+        cross join unnest((select $15::text[]), (select $16::text[]), (select $17::text[]),
+            (select $18::int[]), (select $19::text[])) with ordinality as line (sku, name, price, quantity, total, place)
     )
     select count(*) from made";
 
@@ -131,7 +135,7 @@ const SELECT: &str = concat!(
 const LINES: &str = "
     select order_id, sku, name, unit_price::text, quantity, line_total::text
     from order_lines
-    where order_id = any($1)
+    where order_id = any((select $1::uuid[])::uuid[])
     order by order_id, position";
 
 const HISTORY: &str = "
@@ -149,8 +153,8 @@ const RECORD: &str = "
     ), told as (
         insert into outbox (order_id, message_id, target, routing_key, body)
         select $2, message_id, target, routing_key, body
-        from unnest($10::text[], $11::text[], $12::text[], $13::text[])
-            with ordinality as message (message_id, target, routing_key, body, place)
+        from unnest((select $10::text[]), (select $11::text[]), (select $12::text[]),
+            (select $13::text[])) with ordinality as message (message_id, target, routing_key, body, place)
         order by place
     )
     insert into stock_commands (order_id, command)
