@@ -4,8 +4,10 @@ use chassis::router::RoutedResponse;
 use rouille::{Request, Response};
 
 /// The response headers that a page may read, besides the ones that the standard allows.
-const EXPOSED: &str =
-    "Location, ETag, Link, X-Request-Id, Retry-After, RateLimit, WWW-Authenticate";
+const EXPOSED: &str = concat!(
+    "Location, ETag, Link, X-Request-Id, Retry-After, RateLimit, WWW-Authenticate, ",
+    "Idempotency-Replayed"
+);
 
 const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE";
 
@@ -157,7 +159,9 @@ mod tests {
             assert_eq!(header(&response, ALLOWED).as_deref(), Some("https://a.example"));
             assert_eq!(header(&response, "Vary").as_deref(), Some("Origin"));
             let exposed = header(&response, "Access-Control-Expose-Headers").unwrap();
-            assert!(exposed.contains("ETag") && exposed.contains("Retry-After"), "{exposed}");
+            for name in ["ETag", "Retry-After", "Idempotency-Replayed"] {
+                assert!(exposed.contains(name), "{exposed}");
+            }
             assert_eq!(header(&response, "Access-Control-Allow-Credentials"), None);
             for other in ["https://b.example", "https://a.example.evil.example", "null"] {
                 let response = answer(listed, &[("Origin", other)], "GET", fail);
