@@ -4,7 +4,7 @@ import uuid
 
 import schemathesis
 
-# The body that each Idempotency-Key was sent with first.
+# The path and the body that each Idempotency-Key was sent with first.
 bodies = {}
 
 
@@ -24,9 +24,9 @@ def map_body(context, body):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    """Gives each body its own Idempotency-Key; a key with another body is 422, as it should be."""
+    """Gives each request its own Idempotency-Key; a key with another request is 422, as it should be."""
     key = (case.headers or {}).get("Idempotency-Key")
-    body = repr(case.body)
+    body = repr((case.operation.path, case.path_parameters, case.body))
     # A key means the same with and without quotes.
     if isinstance(key, str) and bodies.setdefault(key.strip(' "'), body) != body:
         case.headers["Idempotency-Key"] = str(uuid.uuid4())
