@@ -15,7 +15,8 @@ install_only() { # Debian packages …
 # The packages whose command or file is missing.
 install_packages() {
   local missing=()
-  command -v curl >/dev/null || missing+=(curl)
+  # Not by command -v: that finds the function of env.sh.
+  type -P curl >/dev/null || missing+=(curl)
   command -v cc >/dev/null || missing+=(gcc libc6-dev)
   command -v ss >/dev/null || missing+=(iproute2)
   command -v ps >/dev/null || missing+=(procps)
