@@ -53,7 +53,7 @@ module Machines
     if own.any? { |service| service.broker == "consume" }
       # Its RabbitMQ has a login for each service that uses it.
       patterns << BROKER_SERVER
-      patterns += services.select(&:broker).map { |service| "#{service.name.upcase}_RABBITMQ_(USER|PASSWORD)" }
+      patterns += services.select(&:broker).map { |service| "#{service.name.upcase}_RABBITMQ_(USER|PASSWORD|EXCHANGE)" }
     end
     pattern = /\A(#{patterns.join("|")})\z/
     names.select { |name| name.match?(pattern) }
