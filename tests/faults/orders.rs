@@ -13,7 +13,7 @@ use amiquip::{
     AmqpProperties, Connection, Exchange, FieldTable, Publish, QueueDeclareOptions,
     QueueDeleteOptions,
 };
-use chassis::broker::SocketDeadline;
+use chassis::broker::{self, SocketDeadline};
 use chassis::testing::{SetOnDrop, TokenIssuer, admin_broker, eventually, http, test_var};
 use harness::{FakeUpstream, Reply, agent, send};
 use parking_lot::Mutex;
@@ -519,11 +519,13 @@ impl<'p> Fixture<'p> {
 
 impl Drop for Fixture<'_> {
     fn drop(&mut self) {
-        let (mut connection, _deadline) = connect_to_broker();
-        if let Ok(channel) = connection.open_channel(None) {
-            let _ = channel.queue_delete(&self.queue, QueueDeleteOptions::default());
+        // After a panic the broker may be away: a second panic would end the whole campaign.
+        if let Ok((mut connection, _deadline)) = broker_config().connect("campaign") {
+            if let Ok(channel) = connection.open_channel(None) {
+                let _ = channel.queue_delete(&self.queue, QueueDeleteOptions::default());
+            }
+            let _ = connection.close();
         }
-        let _ = connection.close();
         let clean = [
             (
                 "ORDERS_DB_NAME",
@@ -543,8 +545,12 @@ impl Drop for Fixture<'_> {
 }
 
 fn connect_to_broker() -> (Connection, SocketDeadline) {
-    let config = admin_broker(&test_var("RABBITMQ_VHOST"));
+    let config = broker_config();
     eventually("a connection to the broker", 60, || config.connect("campaign").ok())
+}
+
+fn broker_config() -> broker::Config {
+    admin_broker(&test_var("RABBITMQ_VHOST"))
 }
 
 /// Every acknowledged order exists once with its stock held once, every paid one is booked once, every
