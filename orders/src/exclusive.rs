@@ -14,7 +14,7 @@ use crate::waker::Waker;
 /// How often work is looked for that another instance has written, and how often the lock is tried.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// The locks. Any numbers will do that nobody else uses in this database.
+/// The locks, by numbers that no other program uses in this database.
 #[derive(Clone, Copy)]
 pub enum Lock {
     /// Publishing the outbox.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-/// Wakes one waiting thread; clones share it. A wake that comes while nobody waits is not lost.
+/// Wakes one waiting thread; clones share it. A wake that comes while no thread waits is not lost.
 #[derive(Clone, Default)]
 pub struct Waker(Arc<Shared>);
 

@@ -22,6 +22,7 @@ use ureq::Agent;
 use uuid::Uuid;
 
 use crate::platform::{Platform, Program, wait_until};
+use crate::stock::add_product;
 use crate::{Case, ExpectedFinding, Outcome, Run};
 
 pub(crate) const CASES: &[Case] = &[
@@ -145,10 +146,10 @@ fn forward(target: SocketAddr, request: &str) -> Option<String> {
     Some(format!("{}\r\n\r\n{body}", lines.collect::<Vec<_>>().join("\r\n")))
 }
 
-/// What clients were told.
+/// The answers that clients got.
 #[derive(Default)]
 struct Ledger {
-    /// By the name that a client gave its order: the ids that it was told.
+    /// By the name that a client gave its order: the ids that it got.
     made: BTreeMap<String, HashSet<Uuid>>,
     sent: HashSet<String>,
     paid: HashSet<Uuid>,
@@ -312,11 +313,7 @@ impl<'p> Fixture<'p> {
         let products: Vec<String> = (0..5).map(|number| format!("{tag}-{number}")).collect();
         let mut inventory = platform.connect("INVENTORY_DB_NAME");
         for sku in &products {
-            let add = "with added as (
-                    insert into products (sku, name, price) values ($1, $1, 9.99) returning sku
-                )
-                insert into stock (sku, on_hand) select sku, $2 from added";
-            inventory.execute(add, &[sku, &PIECES]).unwrap();
+            add_product(&mut inventory, sku, PIECES);
         }
         let queue = format!("{tag}-events");
         let (mut connection, _deadline) = connect_to_broker();
@@ -377,20 +374,7 @@ impl<'p> Fixture<'p> {
         self.platform.wait_for_empty_queue();
     }
 
-    /// The events in the queue: by order, the versions in the order in which they came first.
-    fn received(&self) -> HashSet<(Uuid, String)> {
-        let (mut connection, _deadline) = connect_to_broker();
-        let channel = connection.open_channel(None).unwrap();
-        let mut received = HashSet::new();
-        while let Some(got) = channel.basic_get(&self.queue, true).unwrap() {
-            let id = got.delivery.properties.message_id().clone().unwrap_or_default();
-            received.insert((id.parse().unwrap_or_default(), got.delivery.routing_key));
-        }
-        let _ = connection.close();
-        received
-    }
-
-    /// The ids of events that came after a later one of their order.
+    /// The ids of the events in the queue, and how many came after a later one of their order.
     fn received_in_order(&self) -> (HashSet<Uuid>, usize) {
         let (mut connection, _deadline) = connect_to_broker();
         let channel = connection.open_channel(None).unwrap();
@@ -415,7 +399,7 @@ impl<'p> Fixture<'p> {
         (seen, wrong)
     }
 
-    /// Compares what clients were told with the tables of all services.
+    /// Compares the answers that clients got with the tables of all services.
     fn reconcile(&self, ledger: Ledger, tag: &str, outcome: &mut Outcome) {
         let mut store = self.platform.connect("ORDERS_DB_NAME");
         let query = "select store_id, id from orders where starts_with(store_id, $1)";
@@ -683,7 +667,7 @@ fn outbox_broker_killed(run: &mut Run<'_>) -> Outcome {
         platform.connect("ORDERS_DB_NAME").batch_execute(left).unwrap();
     }
     fixture.settle();
-    let published: HashSet<Uuid> = fixture.received().into_iter().map(|(id, _)| id).collect();
+    let (published, _) = fixture.received_in_order();
     check_published(platform, &published, &mut outcome);
     if !control {
         fixture.reconcile(ledger, &tag, &mut outcome);

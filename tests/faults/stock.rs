@@ -41,7 +41,7 @@ const PIECES: i32 = 100;
 const CLIENTS: usize = 40;
 
 /// A product of this name with so many pieces.
-fn add_product(admin: &mut Client, sku: &str, on_hand: i32) {
+pub(crate) fn add_product(admin: &mut Client, sku: &str, on_hand: i32) {
     let add = "with added as (
             insert into products (sku, name, price) values ($1, $1, 1) returning sku
         )

@@ -17,7 +17,7 @@ mod watchdog;
 pub use error::{Error, is_connection_lost, is_stale_statement, is_transient};
 pub use instance::instance_id;
 pub use pool::{
-    Connection, Manager, Pool, Prepare, in_transaction, in_transaction_with, like_pattern,
+    Connection, Manager, Pool, Prepare, in_transaction, in_transaction_with, like_pattern, undo,
 };
 pub use reconnecting::{Open, ReconnectingStore, error_summary};
 pub use watchdog::{EXIT_TIMEOUT, before_exit, renew_deadline};

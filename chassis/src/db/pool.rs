@@ -269,6 +269,13 @@ pub fn in_transaction_with<S, T>(
     }
 }
 
+/// Undoes what the transaction of [`in_transaction`] has done so far, for an outcome that is no error and
+/// must leave nothing behind: only what follows is committed.
+pub fn undo<S>(db: &mut Connection<S>) -> Result<(), postgres::Error> {
+    renew_deadline();
+    db.client.batch_execute("rollback; begin")
+}
+
 /// The pattern of `like` for a text that contains `part`, whose characters are all ordinary.
 pub fn like_pattern(part: &str) -> String {
     let mut pattern = String::with_capacity(part.len() + 2);

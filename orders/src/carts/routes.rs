@@ -6,28 +6,12 @@ use chassis::fields::Errors;
 use chassis::router::Params;
 use chassis::{Problem, request as http};
 use rouille::{Request, Response};
-use serde::Deserialize;
-use serde_json::value::RawValue;
 
 use super::cart::{Cart, MAX_LINES, entity_tag};
 use super::store::{self, LineChange, Outcome};
 use crate::App;
-use crate::orders::input::parse_sku;
+use crate::orders::input::{RawItem, parse_sku};
 use crate::upstreams::Context;
-
-#[derive(Deserialize)]
-struct RawItem<'b> {
-    #[serde(borrow, default, deserialize_with = "http::deserialize_present")]
-    #[serde(
-        alias = "product_code",
-        alias = "productCode",
-        alias = "productId",
-        alias = "product_id"
-    )]
-    sku: Option<&'b RawValue>,
-    #[serde(borrow, default, deserialize_with = "http::deserialize_present")]
-    quantity: Option<&'b RawValue>,
-}
 
 /// `GET /api/v1/carts/{user}`
 pub fn get(app: &App, request: &Request, params: &Params) -> Result<Response, Problem> {

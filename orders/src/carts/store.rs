@@ -2,7 +2,7 @@
 //!
 //! Each change locks the cart's row first, so changes of one cart come one after the other.
 
-use chassis::db::{in_transaction, renew_deadline};
+use chassis::db::{in_transaction, renew_deadline, undo};
 use chassis::etag::Precondition;
 use postgres::{Client, Error, Statement};
 
@@ -141,9 +141,8 @@ pub fn change(
             (_, Some(_)) => Outcome::TooMany,
             (_, None) => Outcome::TooManyLines,
         };
-        renew_deadline();
-        // A refused change leaves no new version: only the empty second transaction is committed.
-        db.client.batch_execute("rollback; begin")?;
+        // A refused change leaves no new version.
+        undo(db)?;
         Ok(outcome)
     })
 }

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use chassis::db::in_transaction;
+use chassis::db::{in_transaction, undo};
 use chassis::router::Params;
 use chassis::{Problem, request as http};
 use log::{info, warn};
@@ -239,9 +239,7 @@ fn make(
                 store::record(db, &order, &event, &messages, Some(Command::Confirm))?;
                 return Ok((Written::Done, answer));
             };
-            // Nothing of it stays: only the empty second transaction is committed.
-            chassis::db::renew_deadline();
-            db.client.batch_execute("rollback; begin")?;
+            undo(db)?;
             Ok((written, answer))
         })
     };

@@ -104,8 +104,9 @@ struct RawOrder<'b> {
     idempotency_key: Option<&'b RawValue>,
 }
 
+/// An item of an order or of a cart, not yet checked.
 #[derive(Deserialize)]
-struct RawItem<'b> {
+pub(crate) struct RawItem<'b> {
     #[serde(borrow, default, deserialize_with = "deserialize_present")]
     #[serde(
         alias = "product_code",
@@ -113,9 +114,9 @@ struct RawItem<'b> {
         alias = "product_id",
         alias = "productId"
     )]
-    sku: Option<&'b RawValue>,
+    pub(crate) sku: Option<&'b RawValue>,
     #[serde(borrow, default, deserialize_with = "deserialize_present")]
-    quantity: Option<&'b RawValue>,
+    pub(crate) quantity: Option<&'b RawValue>,
     #[serde(borrow, default, deserialize_with = "deserialize_present")]
     #[serde(alias = "unit_price", alias = "unitPrice")]
     price: Option<&'b RawValue>,
@@ -153,7 +154,7 @@ impl OrderInput {
         Ok(input)
     }
 
-    /// For whom the order is. Only an administrator orders for somebody else.
+    /// For whom the order is. Only an administrator orders for another user.
     pub fn owner(&self, principal: &Principal) -> Result<i64, Problem> {
         match self.user_id {
             Some(user_id) if user_id != principal.user_id => {

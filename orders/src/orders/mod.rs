@@ -1,4 +1,4 @@
-//! Orders: how one is made, what may happen to it, and what is told of it.
+//! Orders: how one is made, what may happen to it, and which messages follow.
 
 pub mod change;
 pub mod create;

@@ -150,7 +150,7 @@ const RECORD: &str = "
         insert into order_events
             (id, order_id, version, type, status, actor, actor_id, reason, occurred_at)
         values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-    ), told as (
+    ), messages as (
         insert into outbox (order_id, message_id, target, routing_key, body)
         select $2, message_id, target, routing_key, body
         from unnest((select $10::text[]), (select $11::text[]), (select $12::text[]),

@@ -1,4 +1,4 @@
-//! What is told of an event, to whom, and in which form.
+//! The messages of an event: their receivers and their forms.
 
 use chassis::response::timestamp;
 use serde::Serialize;

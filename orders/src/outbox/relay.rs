@@ -105,7 +105,7 @@ fn to_amqp<'m>(config: &'m Config, message: &'m PendingMessage) -> Message<'m> {
     let body = message.body.as_bytes();
     match message.is_for_queue {
         true => Message::to_queue(&config.queue, body, properties),
-        // Nobody has to listen.
+        // There need not be a queue.
         false => Message {
             exchange: &config.exchange,
             routing_key: &message.routing_key,
